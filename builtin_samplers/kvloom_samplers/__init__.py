@@ -1,0 +1,1 @@
+"""Built-in logits processors, token samplers and decoding algorithms."""

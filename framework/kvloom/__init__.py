@@ -1,0 +1,57 @@
+"""kvloom: a plugin-first LLM inference engine.
+
+Importing it imports no torch and loads no plugin; the names below are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvloom.hooks.markers import hookimpl
+    from kvloom.llm import LLM
+    from kvloom.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+    from kvloom.params import PoolingParams, RequestOutputKind, SamplingParams
+    from kvloom.prompts import TextPrompt, TokensPrompt
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "Logprob",
+    "PoolingParams",
+    "RequestMetrics",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+    "TextPrompt",
+    "TokensPrompt",
+    "__version__",
+    "hookimpl",
+]
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LLM": "kvloom.llm",
+    "CompletionOutput": "kvloom.outputs",
+    "Logprob": "kvloom.outputs",
+    "RequestMetrics": "kvloom.outputs",
+    "RequestOutput": "kvloom.outputs",
+    "PoolingParams": "kvloom.params",
+    "RequestOutputKind": "kvloom.params",
+    "SamplingParams": "kvloom.params",
+    "TextPrompt": "kvloom.prompts",
+    "TokensPrompt": "kvloom.prompts",
+    "hookimpl": "kvloom.hooks.markers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

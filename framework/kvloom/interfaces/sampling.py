@@ -1,0 +1,135 @@
+"""From logits to tokens: logits processors and samplers.
+
+Order of one step (api.md 3a): grammar mask, raw logprobs, processors by `Stage`, sampler. Rows that ask for nothing pay
+nothing: a processor only ever sees the rows whose parameters it accepted.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from kvloom.interfaces.step import TokenLogprob
+from kvloom.params import SamplingParams
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+
+class Stage(IntEnum):
+    """When a processor runs. Greedy rows skip the stages from TEMPERATURE on: they cannot change an argmax."""
+
+    MASK = 10         # allowed_token_ids, bad_words
+    BIAS = 20         # min_tokens, logit_bias, custom processors
+    PENALTY = 30      # repetition, frequency, presence
+    TEMPERATURE = 40  # scaling, argmax-invariant custom processors
+    FILTER = 50       # min_p, top_k, top_p
+
+
+class SequenceView(NamedTuple):
+    """What a processor's factory may know of a sequence; nothing of it changes later."""
+
+    sequence_id: int
+    sample_index: int
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    vocab_size: int
+
+
+class LogitsProcessor(ABC):
+    """Changes the logits of the rows that ask for it. Registered with ``kvloom_register_logits_processors``.
+
+    One instance an engine; state is per *sequence* (siblings of n > 1 and beams never share it).
+    """
+
+    stage: ClassVar[Stage] = Stage.BIAS
+
+    @classmethod
+    @abstractmethod
+    def parameters(cls, params: SamplingParams) -> Any | None:
+        """This processor's parameters as the request gives them, None when the request does not ask for it.
+
+        Called at admission; raises `RequestValidationError` for bad values. A named processor reads
+        ``params.extra_args[name]``, already validated by the pydantic model it was registered with.
+        """
+
+    @abstractmethod
+    def new_state(self, parameters: Any, sequence: SequenceView) -> Any:
+        """State of one sequence, before its first output token."""
+
+    @abstractmethod
+    def apply(self, logits: Tensor, states: Sequence[Any]) -> Tensor:
+        """``logits [r, V]`` float32 of the asking rows, one state each -> ``[r, V]``; may work in place on `logits`.
+
+        Must not change a state: a step can be repeated.
+        """
+
+    def advance(self, state: Any, token_ids: Sequence[int]) -> None:
+        """The sequence accepted these output tokens (once per commit)."""
+
+    def rollback(self, state: Any, num_tokens: int) -> None:
+        """Undo the last `num_tokens` of `advance` (rejected drafts)."""
+
+    def fork(self, state: Any) -> Any:
+        """An independent copy for a forked sequence."""
+        import copy
+
+        return copy.deepcopy(state)
+
+
+@dataclass(slots=True)
+class SamplingRows:
+    """The rows to sample in one step: S sequences, each with 1 + its drafts rows of logits.
+
+    Args:
+        sequence_ids: ``[S]`` int64, host.
+        row_starts: ``[S + 1]`` int64, host: sequence s owns rows ``[row_starts[s], row_starts[s + 1])``.
+        params: one a sequence.
+        temperatures: ``[S]`` float32, host; 0 is greedy.
+        seeds: ``[S]`` uint64, host: key of the counter-based generator.
+        sample_indices: ``[S]`` int64, host: 0..n-1 within the request.
+        positions: ``[S]`` int64, host: position that the first sampled token will have.
+        draft_token_ids: per sequence the proposed tokens, mostly empty.
+        num_logprobs: candidates wanted, per sequence; -1 none, 0 the sampled token only.
+    """
+
+    sequence_ids: np.ndarray[Any, Any]
+    row_starts: np.ndarray[Any, Any]
+    params: Sequence[SamplingParams]
+    temperatures: np.ndarray[Any, Any]
+    seeds: np.ndarray[Any, Any]
+    sample_indices: np.ndarray[Any, Any]
+    positions: np.ndarray[Any, Any]
+    draft_token_ids: Sequence[tuple[int, ...]] = ()
+    num_logprobs: Sequence[int] = ()
+
+
+@dataclass(slots=True)
+class SampledTokens:
+    """What a sampler decided.
+
+    Args:
+        token_ids: ``[rows]`` int64 on the logits' device; row i of a sequence is the successor of its draft i.
+        accepted: ``[S]`` int64 how many of a sequence's rows count (1 without drafts); None means 1 everywhere.
+        logprobs: per sequence and accepted token its candidates, sampled token first; empty when nobody asked.
+    """
+
+    token_ids: Tensor
+    accepted: Tensor | None = None
+    logprobs: Mapping[int, tuple[tuple[TokenLogprob, ...], ...]] | None = None
+
+
+class Sampler(ABC):
+    """Chooses tokens from processed logits. Registered with ``kvloom_register_samplers``.
+
+    Randomness is a pure function of (seed, sample index, position, stream): there is no generator to share, so neighbours,
+    order, preemption and n never change a seeded result.
+    """
+
+    @abstractmethod
+    def sample(self, logits: Tensor, rows: SamplingRows) -> SampledTokens:
+        """``logits [rows, V]`` float32 -> tokens. May work in place on `logits`."""

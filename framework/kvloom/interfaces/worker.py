@@ -1,0 +1,59 @@
+"""The device side as executors see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from kvloom.interfaces.state import KVGroup
+from kvloom.interfaces.step import Step, StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReport:
+    """What a worker has to say once its model is loaded.
+
+    Args:
+        rank: of the worker.
+        groups: KV groups of its model; equal on every rank of a stage.
+        num_blocks: KV blocks it can hold.
+        manifest_hash: hash of the plugins it resolved; must equal the engine's.
+        timings_s: (phase, seconds), for the start report.
+        notes: lines for the start report: chosen backends, why others were refused, threads.
+    """
+
+    rank: int
+    groups: tuple[KVGroup, ...]
+    num_blocks: int
+    manifest_hash: str
+    timings_s: tuple[tuple[str, float], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class Worker(Protocol):
+    """One rank: a model shard, its weights and its KV tensors. Methods are called from one thread, in this order:
+    `load`, `allocate`, then `execute` any number of times, then `close`."""
+
+    rank: int
+
+    @property
+    def model(self) -> Any:
+        """The torch module."""
+
+    def load(self) -> WorkerReport:
+        """Build the model, load its weights, plan memory."""
+
+    def allocate(self, num_blocks: int) -> None:
+        """Make the KV tensors: the smallest `num_blocks` of all ranks."""
+
+    def execute(self, step: Step) -> StepResult:
+        """Run a step. On an exception no state that a repeat would see has changed."""
+
+    def close(self) -> None:
+        """Free everything."""
+
+
+class WorkerFactory(Protocol):
+    """Makes the worker of a rank; picklable-free: across processes it is rebuilt from configuration and manifest."""
+
+    def __call__(self, rank: int) -> Worker: ...

@@ -1,0 +1,159 @@
+"""Parameters of a request: `SamplingParams` and `PoolingParams`. Field names, order and defaults are vLLM's.
+
+Values are checked when the object is made and once more at admission (the object is mutable, as vLLM's is); the engine
+works on its own copy. No NaN, no infinity, no bool where a number belongs.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields
+from enum import IntEnum
+from typing import Any
+
+from kvloom.errors import RequestValidationError, UnsupportedFeatureError
+
+MAX_SEQUENCES_PER_REQUEST = 16384
+"""Bound of n."""
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy."""
+MIN_TEMPERATURE = 0.01
+"""Smallest temperature that is not greedy; smaller ones are raised to it."""
+
+
+class RequestOutputKind(IntEnum):
+    """What each output of a request holds; `LLM` always returns FINAL_ONLY."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
+def check_number(name: str, value: object, low: float, high: float, *, above_low: bool = False) -> float:
+    """A finite number in [low, high] ((low, high] with `above_low`), else `RequestValidationError`."""
+    in_range = (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+                and low <= value <= high and not (above_low and value == low))
+    if not in_range:
+        opening = "(" if above_low else "["
+        raise RequestValidationError(f"{name} must be a finite number in {opening}{low}, {high}], got {value!r}", name, value)
+    return float(value)  # type: ignore[arg-type]  # isinstance above
+
+
+def check_int(name: str, value: object, low: int, high: int = 2**31 - 1) -> int:
+    """An int (no bool) in [low, high], else `RequestValidationError`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise RequestValidationError(f"{name} must be an integer in [{low}, {high}], got {value!r}", name, value)
+    return value
+
+
+def check_bool(name: str, value: object) -> bool:
+    """True or False, else `RequestValidationError`."""
+    if not isinstance(value, bool):
+        raise RequestValidationError(f"{name} must be True or False, got {value!r}", name, value)
+    return value
+
+
+@dataclass
+class SamplingParams:
+    """How to generate. Positional in field order, as vLLM's.
+
+    Supported so far: temperature, seed, stop_token_ids, ignore_eos, max_tokens, detokenize, skip_special_tokens,
+    output_kind; every other field raises `UnsupportedFeatureError` unless it has its default.
+
+    Args:
+        temperature: 0 is greedy; between 0 and 0.01 is raised to 0.01.
+        seed: -1 and None mean: derived from the engine's seed and the request's number.
+        stop_token_ids: end the output; the token is kept in token_ids and left out of the text.
+        ignore_eos: neither the tokenizer's nor generation_config's end tokens stop; stop_token_ids still do.
+        max_tokens: None means up to the model's maximum length.
+        detokenize: False leaves the output text empty.
+
+    Raises:
+        RequestValidationError: a value is out of range or of the wrong type.
+        UnsupportedFeatureError: see above.
+    """
+
+    n: int = 1
+    best_of: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    logits_processors: list[Callable[..., Any]] | None = None
+    include_stop_str_in_output: bool = False
+    truncate_prompt_tokens: int | None = None
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    guided_decoding: Any = None
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    extra_args: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every field; normalise seed and temperature. Called at construction and at admission."""
+        for f in fields(self):
+            if f.name in _UNSUPPORTED and not _is_default(f.default, getattr(self, f.name)):
+                raise UnsupportedFeatureError(f.name, getattr(self, f.name), f"leave it at {f.default!r}")
+        self.temperature = check_number("temperature", self.temperature, 0.0, 1e6)
+        if GREEDY_BELOW <= self.temperature < MIN_TEMPERATURE:
+            self.temperature = MIN_TEMPERATURE
+        if self.seed is not None:
+            check_int("seed", self.seed, -(2**63), 2**64 - 1)
+            self.seed = None if self.seed == -1 else self.seed
+        if self.max_tokens is not None:
+            check_int("max_tokens", self.max_tokens, 1)
+        for name in ("ignore_eos", "detokenize", "skip_special_tokens"):
+            check_bool(name, getattr(self, name))
+        if self.stop_token_ids is not None:
+            if isinstance(self.stop_token_ids, str) or not isinstance(self.stop_token_ids, Sequence):
+                raise RequestValidationError(f"stop_token_ids must be a list of integers, got {self.stop_token_ids!r}",
+                                             "stop_token_ids", self.stop_token_ids)
+            self.stop_token_ids = [check_int("stop_token_ids", i, 0) for i in self.stop_token_ids]
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the best token is taken."""
+        return self.temperature < GREEDY_BELOW
+
+    def clone(self) -> SamplingParams:
+        """An independent copy."""
+        return copy.deepcopy(self)
+
+
+_UNSUPPORTED = frozenset({
+    "n", "best_of", "presence_penalty", "frequency_penalty", "repetition_penalty", "top_p", "top_k", "min_p", "stop", "bad_words",
+    "min_tokens", "logprobs", "prompt_logprobs", "spaces_between_special_tokens", "logits_processors",
+    "include_stop_str_in_output", "truncate_prompt_tokens", "guided_decoding", "logit_bias", "allowed_token_ids", "extra_args",
+})
+
+
+def _is_default(default: object, value: object) -> bool:
+    """Equal to the default, or another spelling of "nothing" (empty list, top_k 0)."""
+    return default is MISSING or (type(value) is not bool and value == default) or (default is None and value in ([], {}))
+
+
+@dataclass
+class PoolingParams:
+    """How to pool. Pooling tasks are not built yet: the class is here because a `Step` carries it."""
+
+    task: str = "embed"
+    dimensions: int | None = None

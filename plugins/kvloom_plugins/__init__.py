@@ -1,0 +1,1 @@
+"""Every other built-in: attention, executors, loaders, schedulers, tokenizers."""
