@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from enum import IntEnum
 from typing import Any
@@ -124,7 +124,7 @@ class SamplingParams:
         for name in ("ignore_eos", "detokenize", "skip_special_tokens"):
             check_bool(name, getattr(self, name))
         if self.stop_token_ids is not None:
-            if isinstance(self.stop_token_ids, str) or not isinstance(self.stop_token_ids, Sequence):
+            if not isinstance(self.stop_token_ids, list | tuple):
                 raise RequestValidationError(f"stop_token_ids must be a list of integers, got {self.stop_token_ids!r}",
                                              "stop_token_ids", self.stop_token_ids)
             self.stop_token_ids = [check_int("stop_token_ids", i, 0) for i in self.stop_token_ids]

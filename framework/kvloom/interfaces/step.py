@@ -1,7 +1,7 @@
 """What the scheduler tells the workers (`Step`) and what comes back (`StepResult`). Frozen, torch-free, msgpack-able.
 
-One rule covers prefill, chunk, decode, speculative and resumed work: *compute tokens [start, start + count) of this
-sequence*. A step carries deltas; the worker keeps token ids and block tables of the sequences it knows. Nothing here may
+One rule covers prefill, chunk, decode, speculative and resumed work: *compute tokens [start, start + num_tokens)
+of this sequence*. A step carries deltas; the worker keeps token ids and block tables of the sequences it knows. Nothing here may
 come from a client unchecked: ids are the engine's own.
 """
 
@@ -51,12 +51,12 @@ class NewSequence:
 
 
 class TokenRange(NamedTuple):
-    """Compute tokens [start, start + count) of one sequence. Rows of a step keep the order of ``Step.ranges``.
+    """Compute tokens [start, start + num_tokens) of one sequence. Rows of a step keep the order of ``Step.ranges``.
 
     Fields:
         sequence_id: whose tokens.
         start: first position to compute; everything before it is in the blocks.
-        count: how many positions; the first ``count - len(draft_token_ids)`` are tokens of the sequence.
+        num_tokens: how many positions; the first ``num_tokens - len(draft_token_ids)`` are tokens of the sequence.
         new_blocks: block ids appended to the sequence's table, by group; ``()`` when there are none.
         sample: whether the last position's logits are sampled (its successor is not known to anybody).
         pending: how many of the range's trailing tokens are results of earlier steps that were not committed yet: the
@@ -66,7 +66,7 @@ class TokenRange(NamedTuple):
 
     sequence_id: int
     start: int
-    count: int
+    num_tokens: int
     new_blocks: BlockIds = ()
     sample: bool = False
     pending: int = 0
@@ -122,7 +122,7 @@ class Step:
     @property
     def num_tokens(self) -> int:
         """Tokens that this step computes."""
-        return sum(r.count for r in self.ranges)
+        return sum(r.num_tokens for r in self.ranges)
 
 
 class TokenLogprob(NamedTuple):
