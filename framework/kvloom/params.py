@@ -148,7 +148,8 @@ _UNSUPPORTED = frozenset({
 
 def _is_default(default: object, value: object) -> bool:
     """Equal to the default, or another spelling of "nothing" (empty list, top_k 0)."""
-    return default is MISSING or (type(value) is not bool and value == default) or (default is None and value in ([], {}))
+    same = isinstance(value, bool) == isinstance(default, bool) and value == default
+    return default is MISSING or same or (default is None and value in ([], {}))
 
 
 @dataclass

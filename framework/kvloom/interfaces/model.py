@@ -90,7 +90,7 @@ class BuildContext:
         max_model_len: longest sequence; rotary tables may be computed for it once.
         cache_dtype: of keys and values.
         block_tokens: tokens in a KV block.
-        make_backend: chooses and makes the attention backend of a spec; equal specs share one.
+        make_backend: chooses and makes a layer's attention backend, see `BackendFactory`.
     """
 
     dtype: torch.dtype
@@ -107,9 +107,12 @@ class BuildContext:
 
 
 class BackendFactory(Protocol):
-    """Gives the backend of a spec: the configured one, or the first that supports it; raises with every reason."""
+    """Gives a layer's attention backend: the configured one, or the first that supports the spec; raises with every reason.
 
-    def __call__(self, spec: AttentionSpec) -> AttentionBackend: ...
+    Layers with equal specs share one backend. The engine remembers which layer got which: a layer calls it once, when it is built.
+    """
+
+    def __call__(self, spec: AttentionSpec, layer_index: int) -> AttentionBackend: ...
 
 
 class LoadableLayer(Protocol):

@@ -81,3 +81,21 @@ class KVGroup:
     layers: tuple[int, ...]
     block_tokens: int
     window_tokens: int | None = None
+
+    def max_blocks(self, tokens: int, step_tokens: int = 1) -> int:
+        """Most blocks that one sequence of `tokens` tokens holds at a time.
+
+        A window gives back what no later token reads. Before a step it holds what the step's first token reads, and the step's
+        own tokens: a run of ``window_tokens - 1 + step_tokens``, which touches one block more when it starts inside a block.
+
+        Args:
+            tokens: that the sequence keeps; its last one is sampled and never stored.
+            step_tokens: that are added at a time. 1 where a step may be made as small as its blocks demand, `tokens` where a
+                prompt is never cut.
+        """
+        if self.kind is StateKind.RECURRENT:
+            return 1
+        columns = -(-tokens // self.block_tokens)
+        if self.window_tokens is None:
+            return columns
+        return min(columns, -(-(self.window_tokens - 2 + step_tokens) // self.block_tokens) + 1)

@@ -1,0 +1,12 @@
+"""Mistral (Jiang et al., 2023): Llama with a sliding window, which `MistralConfig` answers for each layer."""
+
+from __future__ import annotations
+
+from kvloom_models.decoder import CausalLM
+from kvloom_models.llama import LlamaLayer
+
+
+class MistralForCausalLM(CausalLM):
+    """Mistral 7B and its successors with this architecture name; later ones have no window."""
+
+    layer_class = LlamaLayer

@@ -1,0 +1,69 @@
+"""Whether a request can ever run here; if not, the arithmetic and what to change."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+
+from kvloom.core.kv_blocks import KVBlocks
+from kvloom.core.limits import SchedulerLimits
+from kvloom.core.request import RequestSpec
+from kvloom.core.stop import StopRule
+from kvloom.errors import RequestValidationError
+from kvloom.interfaces.state import KVGroup
+
+
+class Admission:
+    """Refuses what can never fit, so that whatever is let in can always run to its end once all others have given way."""
+
+    def __init__(self, limits: SchedulerLimits, groups: Sequence[KVGroup], kv: KVBlocks) -> None:
+        self._limits, self._groups, self._kv = limits, tuple(groups), kv
+
+    def check(self, spec: RequestSpec) -> StopRule:
+        """When the request will end.
+
+        Raises:
+            RequestValidationError: an empty or over-long prompt, or more blocks than there are.
+        """
+        prompt_tokens = len(spec.prompt_token_ids)
+        if not prompt_tokens:
+            raise RequestValidationError("The prompt cannot be empty.", "prompt_token_ids", [])
+        if prompt_tokens >= self._limits.max_model_len:
+            raise RequestValidationError(
+                f"The prompt has {prompt_tokens} tokens, which with at least one output token is longer than the maximum model "
+                f"length of {self._limits.max_model_len}; shorten the prompt or raise max_model_len.",
+                "prompt_token_ids", prompt_tokens,
+            )
+        stop = StopRule.of(spec.sampling, prompt_tokens, self._limits.max_model_len, spec.eos_token_id, spec.extra_eos_token_ids)
+        if self._needed(stop.end_tokens) > self._kv.num_usable:
+            raise self._never_fits(prompt_tokens, stop.end_tokens)
+        return stop
+
+    def _needed_by_group(self, end_tokens: int) -> list[int]:
+        # The last token is never computed.
+        return self._kv.needed_by_group(end_tokens - 1, chunked=self._limits.chunked)
+
+    def _needed(self, end_tokens: int) -> int:
+        return sum(self._needed_by_group(end_tokens))
+
+    def _never_fits(self, prompt_tokens: int, end_tokens: int) -> RequestValidationError:
+        needed = self._needed_by_group(end_tokens)
+        by_group = " + ".join(f"{n} ({_name(g)})" for n, g in zip(needed, self._groups, strict=True))
+        fitting = bisect_right(range(self._limits.max_model_len + 1), self._kv.num_usable, key=lambda n: self._needed(max(n, 1))) - 1
+        if fitting > prompt_tokens:
+            change = f"lower max_tokens to {fitting - prompt_tokens}"
+        else:
+            change = f"shorten the prompt to less than {fitting} tokens" if fitting > 1 else "use a model with less state"
+        return RequestValidationError(
+            f"This request can never fit: {prompt_tokens} prompt tokens + up to {end_tokens - prompt_tokens} output tokens - 1 = "
+            f"{end_tokens - 1} tokens to keep, in blocks of {self._kv.block_tokens} tokens; that is {by_group} = {sum(needed)} "
+            f"blocks, and the KV cache has {self._kv.num_usable}. Either {change}, or give the cache {sum(needed) + 1} blocks "
+            "(kv_cache_memory, gpu_memory_utilization or num_gpu_blocks_override).",
+            "max_tokens", end_tokens - prompt_tokens,
+        )
+
+
+def _name(group: KVGroup) -> str:
+    if group.window_tokens is None:
+        return f"group {group.index}: {group.kind}"
+    return f"group {group.index}: window of {group.window_tokens} tokens"

@@ -1,0 +1,240 @@
+"""Block tables: which blocks hold a sequence's state, one table per KV group, all groups out of one pool.
+
+All tables of a sequence have the same length; entry j of each stands for tokens [j * block_tokens, (j + 1) * block_tokens).
+A column is entry j of all groups. In a window group the entries that no later token reads are 0, and their blocks went back::
+
+    full     [ 7  9  3  4 ]
+    window   [ 0  0  5  6 ]      dropped = 2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from kvloom.core.block_pool import NULL_BLOCK, BlockPool
+from kvloom.core.prefix_cache import ALL_BLOCKS, BlockHasher, PrefixCache
+from kvloom.errors import ConfigError, InternalError, UnsupportedFeatureError
+from kvloom.interfaces.state import KVGroup, StateKind
+from kvloom.interfaces.step import BlockIds
+
+if TYPE_CHECKING:
+    from kvloom.core.request import Request
+
+
+class BlockTable:
+    """The blocks of one sequence.
+
+    Attributes:
+        groups: one list of block ids a KV group.
+        capacity_tokens: tokens that the columns hold.
+        dropped: per group, how many leading entries are 0.
+        published: leading columns that were offered to the prefix cache.
+    """
+
+    __slots__ = ("capacity_tokens", "dropped", "groups", "published")
+
+    def __init__(self, num_groups: int) -> None:
+        self.groups: tuple[list[int], ...] = tuple([] for _ in range(num_groups))
+        self.capacity_tokens = 0
+        self.dropped = [0] * num_groups
+        self.published = 0
+
+    def ids(self) -> BlockIds:
+        """As a `Step` carries it."""
+        return tuple(map(tuple, self.groups))
+
+    def held(self) -> Iterator[int]:
+        """Blocks of all groups, last columns first: the order in which they should be reused."""
+        for blocks in self.groups:
+            for block in reversed(blocks):
+                if block != NULL_BLOCK:
+                    yield block
+
+
+class Hit(NamedTuple):
+    """Leading tokens whose state is in the cache, and the blocks that hold it: per group and column, None where not needed."""
+
+    tokens: int
+    blocks: tuple[list[int | None], ...]
+
+
+class KVBlocks:
+    """Gives blocks to sequences and takes them back; keeps what the prefix cache may find again.
+
+    Args:
+        groups: of the model, all with one block size.
+        num_blocks: of the pool, the null block included.
+        cached: whether blocks are kept for later requests.
+
+    Raises:
+        UnsupportedFeatureError: a group of a kind whose state is not kept per token.
+        ConfigError: groups of different block sizes, or no usable block.
+    """
+
+    def __init__(self, groups: Sequence[KVGroup], num_blocks: int, *, cached: bool) -> None:
+        _check_groups(groups, num_blocks)
+        self.block_tokens = groups[0].block_tokens
+        self._groups = tuple(groups)
+        self._windows = [(g.index, g.window_tokens) for g in groups if g.window_tokens is not None]
+        # A window of w tokens reads w - 1 tokens before the one that is computed.
+        reach = [ALL_BLOCKS if g.window_tokens is None else self._columns(g.window_tokens - 1) for g in groups]
+        self._reach_columns = reach
+        self._pool = BlockPool(num_blocks)
+        self._hasher = BlockHasher(self.block_tokens)
+        self._cached = cached
+        self._cache = PrefixCache(reach)
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that no sequence holds; some may be kept for the prefix cache."""
+        return self._pool.num_free
+
+    @property
+    def num_usable(self) -> int:
+        """Blocks that there are, the null block not counted."""
+        return self._pool.num_usable
+
+    def new_table(self) -> BlockTable:
+        """An empty one."""
+        return BlockTable(len(self._groups))
+
+    def _columns(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_tokens)
+
+    # -- how much a sequence needs
+
+    def needed_by_group(self, num_tokens: int, *, chunked: bool) -> list[int]:
+        """Most blocks per group that computing `num_tokens` tokens of one sequence holds at a time, taken a column at a time.
+
+        A window group gives blocks back as it goes: it needs the reach of the window and the column being written. Not so when
+        all tokens are computed in one step.
+        """
+        columns = self._columns(num_tokens)
+        return [min(columns, reach + 1) if chunked else columns for reach in self._reach_columns]
+
+    def tokens_that_fit(self, request: Request) -> int:
+        """How many tokens more than `scheduled_tokens` its blocks and the free ones hold."""
+        free_columns = self._pool.num_free // len(self._groups)
+        return request.table.capacity_tokens + free_columns * self.block_tokens - request.scheduled_tokens
+
+    def has_room_for(self, request: Request, hit: Hit, *, chunked: bool) -> bool:
+        """Whether all its tokens, `hit` included, could be held by free blocks and by those that others share with it."""
+        shared = sum(not self._pool.is_free(b) for blocks in hit.blocks for b in blocks if b is not None)
+        return sum(self.needed_by_group(len(request.token_ids), chunked=chunked)) - shared <= self._pool.num_free
+
+    # -- a sequence's blocks from admission to end
+
+    def find_hit(self, request: Request) -> Hit:
+        """The longest prefix in the cache. The last token is never part of it: its logits are wanted."""
+        columns = (len(request.token_ids) - 1) // self.block_tokens
+        if not (self._cached and request.spec.read_prefix_cache and columns and len(self._cache)):
+            return Hit(0, tuple([] for _ in self._groups))
+        self._hasher.extend(request.digests, request.spec.cache_root, request.token_ids, columns)
+        columns = self._cache.longest_hit(request.digests[:columns])
+        return Hit(columns * self.block_tokens, tuple(self._cache.blocks(g.index, request.digests, columns) for g in self._groups))
+
+    def take_hit(self, request: Request, hit: Hit) -> None:
+        """Make the hit's blocks the beginning of an empty table."""
+        table = request.table
+        for g, blocks in enumerate(hit.blocks):
+            for block in blocks:
+                if block is not None:
+                    self._pool.share(block)
+            table.groups[g].extend(NULL_BLOCK if b is None else b for b in blocks)
+            table.dropped[g] = blocks.count(None)
+        table.capacity_tokens = hit.tokens
+        table.published = hit.tokens // self.block_tokens
+
+    def extend(self, request: Request, end_tokens: int) -> BlockIds:
+        """Append the columns that tokens up to `end_tokens` need; the new ids by group, ``()`` when there are none."""
+        table = request.table
+        if end_tokens <= table.capacity_tokens:
+            return ()
+        columns = self._columns(end_tokens - table.capacity_tokens)
+        new = tuple(tuple(self._fresh_block() for _ in range(columns)) for _ in self._groups)
+        for blocks, ids in zip(table.groups, new, strict=True):
+            blocks.extend(ids)
+        table.capacity_tokens += columns * self.block_tokens
+        return new
+
+    def _fresh_block(self) -> int:
+        block = self._pool.allocate()
+        self._cache.forget(block)
+        return block
+
+    def settle(self, request: Request) -> None:
+        """After `computed_tokens` moved: make full blocks findable, and give back what fell out of a window."""
+        table = request.table
+        if self._cached and request.computed_tokens // self.block_tokens > table.published:
+            self._publish(request, request.computed_tokens // self.block_tokens)
+        for g, window_tokens in self._windows:
+            # The next token reads from position computed - window + 1 on; steps in flight start no earlier.
+            unread = (request.computed_tokens - window_tokens + 1) // self.block_tokens
+            if unread > table.dropped[g]:
+                self._drop(table, g, unread)
+
+    def _publish(self, request: Request, full_columns: int) -> None:
+        table = request.table
+        self._hasher.extend(request.digests, request.spec.cache_root, request.token_ids, full_columns)
+        for column in range(table.published, full_columns):
+            for g, blocks in enumerate(table.groups):
+                if blocks[column] != NULL_BLOCK:
+                    self._cache.insert(g, request.digests[column], blocks[column])
+        table.published = full_columns
+
+    def _drop(self, table: BlockTable, group: int, columns: int) -> None:
+        blocks = table.groups[group]
+        for column in range(table.dropped[group], columns):
+            self._release(blocks[column])
+            blocks[column] = NULL_BLOCK
+        table.dropped[group] = columns
+
+    def free(self, request: Request) -> None:
+        """Take back everything; the request has an empty table afterwards."""
+        for block in request.table.held():
+            self._release(block)
+        request.table = self.new_table()
+
+    def _release(self, block: int) -> None:
+        self._pool.release(block, keep=self._cache.holds(block))
+
+    def forget_prefixes(self) -> bool:
+        """Empty the prefix cache. False, and nothing happens, while sequences hold blocks."""
+        if self._pool.num_free != self._pool.num_usable:
+            return False
+        self._cache.clear()
+        self._pool.drop_kept()
+        return True
+
+    def check_integrity(self, requests: Iterable[Request]) -> None:
+        """Every block is held exactly by the tables that list it, and the tables are well-formed.
+
+        Raises:
+            InternalError: something does not add up.
+        """
+        tables = [r.table for r in requests]
+        for table in tables:
+            sizes = {len(blocks) * self.block_tokens for blocks in table.groups}
+            if sizes != {table.capacity_tokens}:
+                raise InternalError(f"a table of {table.capacity_tokens} tokens has groups of {sizes} tokens")
+            for dropped, blocks in zip(table.dropped, table.groups, strict=True):
+                if any(blocks[:dropped]) or not all(blocks[dropped:]):
+                    raise InternalError(f"{dropped} leading entries should be 0, and no others: {blocks}")
+        self._pool.check_integrity(block for table in tables for block in table.held())
+        self._cache.check_integrity()
+
+
+def _check_groups(groups: Sequence[KVGroup], num_blocks: int) -> None:
+    """Refuse what block tables of this kind cannot serve."""
+    if not groups:
+        raise UnsupportedFeatureError("KV groups", "none", "the scheduler serves models that keep state per token")
+    for position, g in enumerate(groups):
+        if g.kind not in (StateKind.FULL, StateKind.LATENT, StateKind.WINDOW):
+            raise UnsupportedFeatureError("KV group", g.kind.value, "layers may keep full, latent or window state")
+        if g.index != position or (g.kind is StateKind.WINDOW) != (g.window_tokens is not None):
+            raise InternalError(f"KV group {g} at position {position}: wrong index, or a window without a size")
+    if len({g.block_tokens for g in groups}) > 1:
+        raise ConfigError(f"all KV groups need one block size, got {sorted({g.block_tokens for g in groups})}")
+    if num_blocks < 2:
+        raise ConfigError(f"the KV cache needs at least 2 blocks (one is the null block), got {num_blocks}")

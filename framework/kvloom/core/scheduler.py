@@ -1,0 +1,325 @@
+"""Who computes what next: requests in, `Step`s out; results in, tokens out.
+
+Two verbs move a request's two cursors: `schedule` puts tokens in flight, `commit` takes over what came of them. A step may be
+scheduled while earlier ones are in flight. Whatever else ends or delays a request (`finish`, `preempt`, `fail`) takes
+effect on its blocks only when no step in flight contains it::
+
+    add -> WAITING -> schedule -> RUNNING -> commit, finish, fail -> FINISHED
+               ^                     |
+               +---- (DRAINING) <----+  out of blocks, or `preempt`
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Iterable
+from operator import attrgetter
+
+from kvloom.core.admission import Admission
+from kvloom.core.kv_blocks import KVBlocks
+from kvloom.core.limits import SchedulerLimits
+from kvloom.core.request import Request, RequestSpec, RequestState
+from kvloom.core.request_queue import RequestQueue
+from kvloom.core.step_plan import StepPlan, check_result
+from kvloom.core.stop import Finish
+from kvloom.errors import InternalError, RequestFailedError
+from kvloom.interfaces.scheduling import SchedulingPolicy
+from kvloom.interfaces.state import KVGroup
+from kvloom.interfaces.step import BlockIds, RowError, RowResult, Step, StepResult, TokenRange
+
+
+class Scheduler:
+    """Continuous batching over one token budget and one pool of KV blocks.
+
+    Args:
+        limits: see `SchedulerLimits`.
+        groups: KV groups of the model.
+        num_blocks: KV blocks that the workers allocated, block 0 (the null block) included.
+        policy: orders requests.
+
+    Raises:
+        UnsupportedFeatureError, ConfigError: KV groups that it cannot serve, or no usable block.
+    """
+
+    def __init__(self, limits: SchedulerLimits, groups: tuple[KVGroup, ...], num_blocks: int, policy: SchedulingPolicy) -> None:
+        self._limits = limits
+        self._chunked, self._max_chunk_tokens = limits.chunked, limits.max_chunk_tokens
+        self._policy = policy
+        self._kv = KVBlocks(groups, num_blocks, cached=limits.cached)
+        self._admission = Admission(limits, groups, self._kv)
+        self._requests: dict[int, Request] = {}  # all that hold a place or blocks, finished ones in flight included
+        self._waiting = RequestQueue()
+        self._running = RequestQueue()  # RUNNING and DRAINING: those that the worker knows
+        self._leaving: set[int] = set()  # DRAINING or FINISHED in flight: their blocks are about to come back
+        self._in_flight: deque[Step] = deque()
+        self._next_sequence_id = 0
+        self._next_step_id = 0
+        self._tell_preempted: list[int] = []
+        self._tell_finished: list[int] = []
+
+    # -- what others may ask
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that hold no blocks yet, or gave way."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that the worker knows."""
+        return len(self._running)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps that were scheduled and not committed."""
+        return len(self._in_flight)
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that no request holds; some may still hold cached prefixes."""
+        return self._kv.num_free
+
+    @property
+    def num_usable_blocks(self) -> int:
+        """Blocks that there are, the null block not counted."""
+        return self._kv.num_usable
+
+    # -- requests come and go
+
+    def add(self, spec: RequestSpec) -> Request:
+        """Queue a request; its id is larger than all before.
+
+        Raises:
+            RequestValidationError: it can never run here; nothing was queued.
+        """
+        stop = self._admission.check(spec)
+        request = Request(self._next_sequence_id, spec, stop, self._kv.new_table())
+        self._next_sequence_id += 1
+        self._requests[request.sequence_id] = request
+        self._enqueue(request)
+        return request
+
+    def finish(self, sequence_id: int, reason: str, stop_reason: int | str | None = None) -> None:
+        """End a request from outside: a stop string ("stop") or its caller ("abort"). Unknown and ended ones are left alone."""
+        request = self._requests.get(sequence_id)
+        if request is not None and request.finish is None:
+            self._end(request, Finish(reason, stop_reason))
+
+    def preempt(self, sequence_id: int) -> bool:
+        """Make a running request give way, at once or when its steps in flight are committed. False when it is not running."""
+        request = self._requests.get(sequence_id)
+        if request is None or request.state is not RequestState.RUNNING:
+            return False
+        self._preempt(request)
+        return True
+
+    def forget_prefixes(self) -> bool:
+        """Empty the prefix cache. False, and nothing happens, while requests hold blocks."""
+        return self._kv.forget_prefixes()
+
+    # -- schedule: the in-flight cursor
+
+    def schedule(self) -> Step | None:
+        """The next step: running requests first, in the policy's order, then waiting ones. None when nobody can go on."""
+        plan = StepPlan(self._limits.max_num_batched_tokens)
+        self._schedule_running(plan)
+        if not plan.out_of_blocks:
+            self._schedule_waiting(plan)
+        if not len(plan):
+            return None
+        step = plan.seal(self._next_step_id, self._tell_preempted, self._tell_finished)
+        self._next_step_id += 1
+        self._tell_preempted, self._tell_finished = [], []
+        self._in_flight.append(step)
+        return step
+
+    def _schedule_running(self, plan: StepPlan) -> None:
+        for request in self._running:
+            if request.state is not RequestState.RUNNING:  # gave way in this very loop, or before
+                continue
+            num_tokens = self._tokens_within(plan, request.unscheduled_tokens)
+            new_blocks: BlockIds = ()
+            if num_tokens > request.table.capacity_tokens - request.scheduled_tokens:
+                num_tokens = self._make_room(request, num_tokens)
+                plan.out_of_blocks |= not num_tokens
+                new_blocks = self._kv.extend(request, request.scheduled_tokens + num_tokens)
+            if num_tokens:
+                plan.add(request, num_tokens, new_blocks)
+
+    def _schedule_waiting(self, plan: StepPlan) -> None:
+        """Strictly in order: when the first cannot start, nobody behind it does."""
+        now_s = time.monotonic()
+        while len(self._waiting) and len(self._running) < self._limits.max_num_seqs:
+            request = self._waiting.first
+            hit = self._kv.find_hit(request)
+            num_tokens = self._tokens_within(plan, len(request.token_ids) - hit.tokens)
+            if not num_tokens or not self._kv.has_room_for(request, hit, chunked=self._chunked):
+                return
+            self._waiting.remove(request)
+            self._kv.take_hit(request, hit)
+            request.start(hit.tokens, now_s)
+            self._running.add(request)
+            num_tokens = min(num_tokens, self._kv.tokens_that_fit(request))
+            self._kv.extend(request, request.scheduled_tokens + num_tokens)
+            plan.introduce(request, num_tokens)
+
+    def _tokens_within(self, plan: StepPlan, num_tokens: int) -> int:
+        """How many of the tokens that a request could compute this step may take; a prompt that may not be cut is all or nothing."""
+        allowed = plan.budget_tokens if plan.budget_tokens < self._max_chunk_tokens else self._max_chunk_tokens
+        if num_tokens <= allowed:
+            return num_tokens
+        return allowed if self._chunked else 0
+
+    def _make_room(self, request: Request, num_tokens: int) -> int:
+        """How many of `num_tokens` can have blocks. Others give way only when that would be none."""
+        while True:
+            fit = self._kv.tokens_that_fit(request)
+            if fit >= num_tokens:
+                return num_tokens
+            if fit > 0 and self._chunked:
+                return fit
+            # Blocks that are about to come back are waited for, before another one gives way for nothing.
+            if self._leaving or self._running.last is request:
+                return 0
+            self._preempt(self._running.last)
+
+    # -- commit: the committed cursor
+
+    def commit(self, step: Step, result: StepResult) -> list[Request]:
+        """Take over a step's results; the oldest step first. Returns the requests that got tokens or ended.
+
+        Raises:
+            InternalError: `step` is not the oldest in flight, or `result` is not its result; nothing was changed.
+        """
+        check_result(step, result)
+        if self._in_flight and self._in_flight[0].step_id != step.step_id:
+            raise InternalError(f"step {step.step_id} is committed before step {self._in_flight[0].step_id}")
+        self._land(step)
+        now_s = time.monotonic()
+        updated = []
+        for done, row in zip(step.ranges, result.rows, strict=True):
+            request = self._requests[done.sequence_id]
+            request.landed(done)
+            if request.finish is None and self._take_over(request, done, row, now_s):
+                updated.append(request)
+            if request.sequence_id in self._leaving and not request.in_flight:
+                self._leave(request)
+        return updated
+
+    def _take_over(self, request: Request, done: TokenRange, row: RowResult, now_s: float) -> bool:
+        """Apply one row to a live request; True when it got tokens or ended."""
+        if row.error is not None:
+            self._end(request, Finish("error"), _row_failure(row.error))
+            return True
+        finish = request.commit(done, row, now_s)
+        self._kv.settle(request)
+        if finish is not None:
+            self._end(request, finish)
+        return done.sample
+
+    def fail(self, step: Step, error: BaseException) -> list[Request]:
+        """A step in flight raised: its live requests end with reason "error". Returns them.
+
+        Raises:
+            InternalError: `step` is not in flight.
+        """
+        self._land(step)
+        failed = []
+        for done in step.ranges:
+            request = self._requests[done.sequence_id]
+            request.landed(done)
+            if request.finish is None:
+                self._end(request, Finish("error"), _step_failure(step, error))
+                failed.append(request)
+            if request.sequence_id in self._leaving and not request.in_flight:
+                self._leave(request)
+        # The worker may not have heard who left. Forgetting twice does no harm, forgetting a resumed one would.
+        running = {r.sequence_id for r in self._running}
+        self._tell_preempted += [i for i in step.preempted if i not in running]
+        self._tell_finished += step.finished
+        return failed
+
+    def _land(self, step: Step) -> None:
+        for place, in_flight in enumerate(self._in_flight):
+            if in_flight.step_id == step.step_id:
+                del self._in_flight[place]
+                return
+        raise InternalError(f"step {step.step_id} is not in flight")
+
+    # -- transitions
+
+    def _enqueue(self, request: Request) -> None:
+        request.order = (*self._policy.sort_key(request), request.sequence_id)
+        self._waiting.add(request)
+
+    def _preempt(self, request: Request) -> None:
+        if request.in_flight:
+            request.state = RequestState.DRAINING
+            self._leaving.add(request.sequence_id)
+            return
+        self._running.remove(request)
+        self._kv.free(request)
+        request.give_way()
+        self._tell_preempted.append(request.sequence_id)
+        self._enqueue(request)
+
+    def _end(self, request: Request, finish: Finish, error: RequestFailedError | None = None) -> None:
+        if request.state is RequestState.WAITING:
+            self._waiting.remove(request)
+        else:
+            self._running.remove(request)
+            self._tell_finished.append(request.sequence_id)
+        request.state, request.finish, request.error = RequestState.FINISHED, finish, error
+        request.metrics.finished_time = time.monotonic()
+        self._leaving.add(request.sequence_id)
+        if not request.in_flight:
+            self._leave(request)
+
+    def _leave(self, request: Request) -> None:
+        """Nothing of it is in flight any more: its blocks come back."""
+        self._leaving.remove(request.sequence_id)
+        if request.state is RequestState.DRAINING:
+            self._preempt(request)
+        else:
+            self._kv.free(request)
+            del self._requests[request.sequence_id]
+
+    # -- invariants
+
+    def check_integrity(self) -> None:
+        """Queues, states, cursors, steps in flight and blocks agree. O(pool + blocks held): for tests, and for an idle engine.
+
+        Raises:
+            InternalError: they do not; that is a bug.
+        """
+        requests = self._requests.values()
+        self._kv.check_integrity(requests)
+        for request in requests:
+            request.check_integrity()
+        known = (RequestState.RUNNING, RequestState.DRAINING)
+        _same("waiting", self._waiting, (r for r in requests if r.state is RequestState.WAITING))
+        _same("running", self._running, (r for r in requests if r.state in known))
+        _same("leaving", (self._requests[i] for i in self._leaving),
+              (r for r in requests if r.state in (RequestState.DRAINING, RequestState.FINISHED)))
+        in_flight = Counter(done.sequence_id for step in self._in_flight for done in step.ranges)
+        if in_flight != {r.sequence_id: r.in_flight for r in requests if r.in_flight}:
+            raise InternalError(f"in flight are {in_flight}, the requests say otherwise")
+
+
+def _same(what: str, listed: Iterable[Request], expected: Iterable[Request]) -> None:
+    """`listed` holds exactly the `expected` requests, a queue in its order."""
+    by_order = sorted(expected, key=attrgetter("order"))
+    if sorted(listed, key=attrgetter("order")) != by_order or (isinstance(listed, RequestQueue) and list(listed) != by_order):
+        raise InternalError(f"the {what} requests are not those whose state says so: {[r.sequence_id for r in by_order]}")
+
+
+def _row_failure(error: RowError) -> RequestFailedError:
+    blame = f" (plugin {error.plugin})" if error.plugin else ""
+    return RequestFailedError(f"{error.type_name}: {error.message}{blame}")
+
+
+def _step_failure(step: Step, error: BaseException) -> RequestFailedError:
+    failure = RequestFailedError(f"step {step.step_id}, which computed this request, raised {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure

@@ -1,0 +1,49 @@
+"""Root mean square normalisation (Zhang and Sennrich, 2019)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvloom.interfaces.model import BuildContext
+from kvloom.interfaces.quant import ParamSpec
+from kvloom.layers.base import LoadableModule, dtype_name
+from kvloom.layers.params import Span
+
+
+class RMSNorm(LoadableModule):
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis; every rank has all of it.
+
+    The mean is taken in float32; the quotient is rounded to x's dtype before it is multiplied with the weight, as the
+    Llama family was trained.
+
+    Args:
+        prefix: checkpoint module prefix.
+        width: length of the normalised axis: the hidden size, or the head dimension for per-head norms.
+        eps: added to the mean of squares.
+    """
+
+    def __init__(self, build: BuildContext, prefix: str, width: int, eps: float) -> None:
+        super().__init__(prefix)
+        self.eps = eps
+        self.add_params({None: {"weight": ParamSpec((width,), dtype_name(build.dtype))}}, Span.all_of(width),
+                        {None: Span.all_of(width)}, build.device)
+
+    @property
+    def gain(self) -> Tensor:
+        """The weight, ``[width]``."""
+        return self.tensors["weight"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., width] -> [..., width]``."""
+        return self._normalise(x)
+
+    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``(norm(residual + x), residual + x)``; a residual of None starts the stream with x."""
+        stream = x if residual is None else residual + x
+        return self._normalise(stream), stream
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.tensors["weight"] * wide.to(x.dtype)

@@ -1,0 +1,72 @@
+"""Rotary position embedding (Su et al., 2021): one table a model, one lookup a step, one rotation a layer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kvloom.errors import ConfigError
+from kvloom.interfaces.model import BuildContext
+from kvloom.interfaces.model_config import RopeParameters
+from kvloom.layers.rope_scaling import rope_frequencies
+
+
+class Rotation(NamedTuple):
+    """The rotary embedding of one step's tokens; Dr is the rotated part of a head.
+
+    Fields:
+        table: ``[max_model_len, Dr]`` float32: Dr/2 cosines, then Dr/2 sines. For kernels that look up themselves.
+        positions: ``[T]`` int64, rows of the table.
+        cos: ``[T, 1, Dr]``, both halves alike, in the activations' dtype.
+        sin: ``[T, 1, Dr]``, the first half negated.
+    """
+
+    table: Tensor
+    positions: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+class Rotary(nn.Module):
+    """Makes the `Rotation` of a step. Has no checkpoint tensors.
+
+    Args:
+        rope: from config.json.
+        head_dim: elements of a head; the first ``head_dim * partial_rotary_factor`` are rotated.
+        max_position_embeddings: from config.json: the context that the model was trained for.
+
+    Raises:
+        ConfigError: a rope type that is not known or lacks a parameter, or an odd number of elements to rotate.
+    """
+
+    table: Tensor
+
+    def __init__(self, build: BuildContext, rope: RopeParameters, head_dim: int, max_position_embeddings: int) -> None:
+        super().__init__()
+        rotary_dim = int(head_dim * rope.partial_rotary_factor)
+        if rotary_dim < 2 or rotary_dim % 2:
+            raise ConfigError(f"rotary embedding turns pairs of elements: head_dim {head_dim} * partial_rotary_factor "
+                              f"{rope.partial_rotary_factor} must be even and positive")
+        self._dtype = build.dtype
+        frequencies, magnitude = rope_frequencies(rope, rotary_dim, max_position_embeddings, build.max_model_len)
+        # Sines are computed on the host whatever the device is, so that devices agree; on "meta" only the shape matters.
+        host = torch.device("meta" if build.device.type == "meta" else "cpu")
+        angles = torch.arange(build.max_model_len, dtype=torch.float32, device=host)[:, None] * frequencies.to(host)
+        table = torch.cat((angles.cos(), angles.sin()), dim=-1) * magnitude
+        self.register_buffer("table", table.to(build.device), persistent=False)
+
+    def forward(self, positions: Tensor) -> Rotation:
+        """``positions [T]`` int64, all below ``max_model_len``."""
+        cos, sin = self.table.index_select(0, positions).to(self._dtype)[:, None].chunk(2, dim=-1)
+        return Rotation(self.table, positions, torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """``x [T, heads, D] -> [T, heads, D]``: element i of the rotated part is paired with element ``i + Dr / 2``."""
+    rotary_dim = rotation.cos.shape[-1]
+    turned = x if rotary_dim == x.shape[-1] else x[..., :rotary_dim]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * rotation.cos + torch.cat((second, first), dim=-1) * rotation.sin
+    return turned if rotary_dim == x.shape[-1] else torch.cat((turned, x[..., rotary_dim:]), dim=-1)

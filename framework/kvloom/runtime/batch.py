@@ -1,0 +1,141 @@
+"""What a worker remembers of its sequences, as arrays, and one step's index arithmetic over them (no loop over tokens).
+
+A sequence has one row: its token ids, its block table per KV group, its sampling numbers. A step names rows by sequence
+id and brings deltas; everything else is gathered from here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvloom.errors import InternalError
+from kvloom.interfaces.state import KVGroup
+from kvloom.interfaces.step import NewSequence, Step
+from kvloom.params import SamplingParams
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupIndices:
+    """Index arrays of one KV group for one step: ``block_table [R, B]`` int32, ``slots [T]`` int64."""
+
+    block_table: Array
+    slots: Array
+
+
+@dataclass(frozen=True, slots=True)
+class StepIndices:
+    """One step flattened: R ranges, T tokens, in the order of ``Step.ranges``.
+
+    Args:
+        rows: ``[R]`` row of each range's sequence in the batch state.
+        query_starts: ``[R + 1]`` int32, first token of each range.
+        context_tokens: ``[R]`` int32, tokens that exist once the range is computed.
+        token_ids, positions: ``[T]`` int64.
+        groups: by KV group index.
+        sampled: ``[S]`` indices into the ranges of those whose last position is sampled.
+    """
+
+    rows: Array
+    query_starts: Array
+    context_tokens: Array
+    token_ids: Array
+    positions: Array
+    groups: tuple[GroupIndices, ...]
+    sampled: Array
+
+
+class BatchState:
+    """Persistent arrays of up to `max_num_seqs` sequences of up to `max_model_len` tokens. Host memory only."""
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, groups: tuple[KVGroup, ...]) -> None:
+        self._groups = groups
+        self._row_of: dict[int, int] = {}
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self.token_ids = np.zeros((max_num_seqs, max_model_len + 1), np.int64)
+        width = [-(-max_model_len // g.block_tokens) for g in groups]
+        self._tables = [np.zeros((max_num_seqs, w), np.int32) for w in width]
+        self._table_blocks = np.zeros((len(groups), max_num_seqs), np.int64)
+        self.temperatures = np.zeros(max_num_seqs, np.float32)
+        self.seeds = np.zeros(max_num_seqs, np.uint64)
+        self.sample_indices = np.zeros(max_num_seqs, np.int64)
+        self.params: list[SamplingParams | None] = [None] * max_num_seqs
+
+    def apply(self, step: Step) -> None:
+        """Take over a step's deltas: who left, who came, which blocks were appended."""
+        for sequence_id in (*step.finished, *step.preempted):
+            self._forget(sequence_id)
+        for new in (*step.new, *step.resumed):
+            self._add(new)
+        for r in step.ranges:
+            if r.new_blocks:
+                self._append_blocks(self._row_of[r.sequence_id], r.new_blocks)
+
+    def _forget(self, sequence_id: int) -> None:
+        row = self._row_of.pop(sequence_id, None)
+        if row is not None:
+            self._free_rows.append(row)
+
+    def _add(self, new: NewSequence) -> None:
+        """Give a sequence a row. Everything that an earlier owner left there is overwritten or zeroed."""
+        row = self._row_of.get(new.sequence_id)
+        if row is None:
+            if not self._free_rows:
+                raise InternalError(f"more than {len(self.params)} sequences are running")
+            row = self._row_of[new.sequence_id] = self._free_rows.pop()
+        self.token_ids[row] = 0
+        self.token_ids[row, : len(new.token_ids)] = new.token_ids
+        for table in self._tables:
+            table[row] = 0
+        self._table_blocks[:, row] = 0
+        self._append_blocks(row, new.block_ids)
+        self.params[row] = new.sampling
+        self.temperatures[row] = new.sampling.temperature if new.sampling else 0.0
+        self.seeds[row] = new.seed
+        self.sample_indices[row] = new.sample_index
+
+    def _append_blocks(self, row: int, blocks: tuple[tuple[int, ...], ...]) -> None:
+        for g, ids in enumerate(blocks):
+            if ids:
+                start = self._table_blocks[g, row]
+                self._tables[g][row, start: start + len(ids)] = ids
+                self._table_blocks[g, row] = start + len(ids)
+
+    def indices(self, step: Step) -> StepIndices:
+        """Flatten a step. Cost: a few numpy calls, one Python pass over the ranges."""
+        ranges = step.ranges
+        rows = np.fromiter((self._row_of[r.sequence_id] for r in ranges), np.int64, len(ranges))
+        starts = np.fromiter((r.start for r in ranges), np.int64, len(ranges))
+        counts = np.fromiter((r.num_tokens for r in ranges), np.int64, len(ranges))
+        sampled = np.flatnonzero(np.fromiter((r.sample for r in ranges), np.bool_, len(ranges)))
+        ends = np.cumsum(counts)
+        query_starts = np.concatenate(([0], ends))
+        contexts = starts + counts
+        if int(ends[-1]) == len(ranges):  # decode only: one token a range
+            of_row, positions = np.arange(len(ranges)), starts
+        else:
+            of_row = np.repeat(np.arange(len(ranges)), counts)
+            positions = np.arange(int(ends[-1])) + np.repeat(starts - query_starts[:-1], counts)
+        return StepIndices(
+            rows=rows,
+            query_starts=query_starts.astype(np.int32),
+            context_tokens=contexts.astype(np.int32),
+            token_ids=self.token_ids[rows[of_row], positions],
+            positions=positions,
+            groups=tuple(self._group_indices(g, rows, of_row, positions, int(contexts.max())) for g in range(len(self._groups))),
+            sampled=sampled,
+        )
+
+    def _group_indices(self, g: int, rows: Array, of_row: Array, positions: Array, max_context: int) -> GroupIndices:
+        block_tokens = self._groups[g].block_tokens
+        table = self._tables[g][rows, : -(-max_context // block_tokens)]
+        block, offset = np.divmod(positions, block_tokens)
+        return GroupIndices(table, table[of_row, block].astype(np.int64) * block_tokens + offset)
+
+    def write_sampled(self, rows: Array, positions: Array, token_ids: Array) -> None:
+        """Put sampled tokens where the next step will read them, before the scheduler has seen them."""
+        self.token_ids[rows, positions] = token_ids

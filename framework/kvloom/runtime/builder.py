@@ -1,0 +1,114 @@
+"""From configuration and plugins to a model: architecture, dtype, quantization, attention backends. No weights yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from kvloom_kernels.requirement import Machine
+
+from kvloom.config import EngineConfig
+from kvloom.config.checkpoint import resolve_model_dir
+from kvloom.config.model_json import derive_max_model_len, parse_model_config, read_model_json
+from kvloom.errors import ConfigError, NotRegisteredError, UnsupportedArchitectureError, UnsupportedFeatureError
+from kvloom.hooks.loader import PluginSet
+from kvloom.hooks.registry import Entry
+from kvloom.interfaces.attention import AttentionBackend
+from kvloom.interfaces.comm import Comm
+from kvloom.interfaces.model import BuildContext, Model
+from kvloom.interfaces.model_config import ModelConfig
+from kvloom.runtime.choice import BackendChooser
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A checkpoint's directory and what its config.json says, checked. Made once, before anything is built."""
+
+    directory: Path
+    entry: Entry[Model]
+    config: ModelConfig
+    max_model_len: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """A model with uninitialised parameters.
+
+    Args:
+        backends: by layer index, for layers with paged state.
+        notes: lines for the start report.
+    """
+
+    model: Model
+    backends: Mapping[int, AttentionBackend]
+    notes: tuple[str, ...]
+
+
+def open_source(config: EngineConfig, plugins: PluginSet) -> ModelSource:
+    """Find the checkpoint, pick its architecture's plugin, check its config.json.
+
+    Raises:
+        ModelError: no such directory or hub id, or a config.json that cannot be used.
+        UnsupportedArchitectureError: no plugin registered any of its architectures.
+    """
+    m = config.model
+    directory = resolve_model_dir(m.model, m.revision, m.download_dir, m.hf_token)
+    raw = read_model_json(directory)
+    entry = find_architecture(raw, plugins)
+    model_config = parse_model_config(raw, entry.config_model() or ModelConfig)
+    if model_config.quantization_config:
+        method = model_config.quantization_config.get("quant_method")
+        raise UnsupportedFeatureError("quantization", method, "use a checkpoint without quantization_config")
+    max_model_len = config.resolved_max_model_len(derive_max_model_len(model_config))
+    return ModelSource(directory, entry, model_config, max_model_len, resolve_dtype(m.dtype, model_config.dtype))
+
+
+def find_architecture(raw: Mapping[str, Any], plugins: PluginSet) -> Entry[Model]:
+    """The first of config.json's architectures that is registered."""
+    registry = plugins.registries["models"]
+    architectures = raw.get("architectures") or []
+    for name in architectures:
+        if name in registry.names():
+            return registry.resolve(name)
+    try:
+        registry.resolve(architectures[0] if architectures else "")
+    except NotRegisteredError as error:
+        raise UnsupportedArchitectureError(
+            f"Model architectures {list(architectures)} are not supported for now. {error}") from error
+    raise UnsupportedArchitectureError("config.json names no architectures")
+
+
+def resolve_dtype(requested: str, checkpoint: str | None) -> torch.dtype:
+    """What "auto" means on a CPU: a bfloat16 checkpoint stays bfloat16, every other one runs in bfloat16 only where the CPU
+    multiplies it natively, else in float32."""
+    if requested != "auto":
+        return dtype_of(requested)
+    return torch.bfloat16 if checkpoint == "bfloat16" or cpu_has_bfloat16() else torch.float32
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """A floating torch dtype by its name."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"Unknown dtype {name!r}: use auto, float32, bfloat16 or float16")
+    return dtype
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 natively (AVX-512 BF16 or AMX; ARM is not checked)."""
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def build_model(config: EngineConfig, plugins: PluginSet, source: ModelSource, device: torch.device, comm: Comm) -> BuiltModel:
+    """Make the model; on the meta device nothing is allocated and only shapes are right (memory plan)."""
+    plain = plugins.registries["quantizations"].resolve("none").load()({})
+    chooser = BackendChooser(plugins.registries["attention_backends"], config.device.attention_backend, Machine("cpu"))
+    build = BuildContext(
+        dtype=source.dtype, device=device, quant=plain, plain=plain, comm=comm, max_model_len=source.max_model_len,
+        cache_dtype=source.dtype, block_tokens=config.cache.block_size, make_backend=chooser)
+    model = source.entry.load()(source.config, build)
+    return BuiltModel(model, chooser.by_layer, tuple(chooser.notes))

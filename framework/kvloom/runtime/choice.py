@@ -1,0 +1,49 @@
+"""Choosing an attention backend: data first (`needs`), then `supports`, then an explicit order. Never a silent fallback."""
+
+from __future__ import annotations
+
+from kvloom_kernels.requirement import Machine
+
+from kvloom.errors import ConfigError
+from kvloom.hooks.registry import Registry
+from kvloom.interfaces.attention import AttentionBackend, AttentionSpec
+
+AUTO_ORDER = ("cpu", "reference")
+"""What "auto" tries, first to last. A third party's backend is chosen by name only."""
+
+
+class BackendChooser:
+    """Makes the backend of each attention layer. Equal specs share one; `notes` says what was chosen and refused, and why."""
+
+    def __init__(self, registry: Registry[AttentionBackend], requested: str, machine: Machine) -> None:
+        self._registry, self._machine = registry, machine
+        self._names = AUTO_ORDER if requested == "auto" else (requested,)
+        self._made: dict[AttentionSpec, AttentionBackend] = {}
+        self.by_layer: dict[int, AttentionBackend] = {}
+        self.notes: list[str] = []
+
+    def __call__(self, spec: AttentionSpec, layer_index: int) -> AttentionBackend:
+        """See `BackendFactory`."""
+        if spec not in self._made:
+            self._made[spec] = self._choose(spec)
+        self.by_layer[layer_index] = self._made[spec]
+        return self._made[spec]
+
+    def _choose(self, spec: AttentionSpec) -> AttentionBackend:
+        refused: list[str] = []
+        for name in self._names:
+            entry = self._registry.resolve(name)
+            reason = entry.needs.unmet(self._machine, spec.dtype) if entry.needs else None
+            backend = entry.load() if reason is None else None
+            reason = reason if backend is None else backend.supports(spec)
+            if backend is not None and reason is None:
+                self._note(name, refused)
+                return backend(spec)
+            refused.append(f"{name}: {reason}")
+        raise ConfigError(f"no attention backend can serve {spec}. Refused: {'; '.join(refused)}. "
+                          f"Registered: {', '.join(self._registry.names())}; choose one with attention_backend=")
+
+    def _note(self, name: str, refused: list[str]) -> None:
+        line = f"attention backend: {name}" + (f" (refused: {'; '.join(refused)})" if refused else "")
+        if line not in self.notes:
+            self.notes.append(line)

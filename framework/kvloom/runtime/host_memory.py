@@ -1,0 +1,94 @@
+"""How much memory this process may still use: the machine's, and that of every control group it is in. Torch-free."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+UNLIMITED_BYTES = 2**60
+"""Limits from here on mean none: version 1 writes "no limit" as a number near 2**63."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Memory that a model may live in.
+
+    Args:
+        total_bytes: of the machine, or of the tightest limit on this process.
+        free_bytes: what this process may still take.
+        own_bytes: what it holds already.
+    """
+
+    total_bytes: int
+    free_bytes: int
+    own_bytes: int = 0
+
+    @property
+    def held_by_others_bytes(self) -> int:
+        """Neither free nor ours."""
+        return max(0, self.total_bytes - self.free_bytes - self.own_bytes)
+
+
+def host_memory(root: Path = Path("/")) -> DeviceMemory:
+    """The smaller of ``MemAvailable`` and what each memory control group (version 1 or 2) around this process leaves.
+
+    File cache that the kernel can drop counts as free, in a group too (``inactive_file``). Docs: the kernel's
+    admin-guide/cgroup-v1/memory.rst and cgroup-v2.rst, proc(5).
+
+    Args:
+        root: where ``/proc`` and ``/sys`` are found; tests give their own.
+    """
+    meminfo = _numbers(root / "proc/meminfo", scale=1024)
+    total = meminfo.get("MemTotal:") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = meminfo.get("MemAvailable:", total)
+    for limit, left in _group_limits(root):
+        free = min(free, max(0, left))
+        total = min(total, limit)
+    return DeviceMemory(total, free, _numbers(root / "proc/self/status", scale=1024).get("RssAnon:", 0))
+
+
+def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
+    """(limit, bytes left) of every control group that limits memory."""
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            mount, limit, used, cache = root / "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            mount, limit, used = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        for group in _upwards(mount, path):
+            most, current = _number(group / limit), _number(group / used)
+            if most is not None and current is not None and most < UNLIMITED_BYTES:
+                yield most, most - current + _numbers(group / "memory.stat").get(cache, 0)
+
+
+def _upwards(mount: Path, path: str) -> Iterator[Path]:
+    """The group and all that contain it. Inside a container the path may be the host's: then only the mount itself exists."""
+    group = mount / path.lstrip("/")
+    while group != mount and mount in group.parents:
+        yield group
+        group = group.parent
+    yield mount
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _numbers(path: Path, scale: int = 1) -> dict[str, int]:
+    """Lines such as ``MemTotal: 24683656 kB`` or ``inactive_file 4096``."""
+    parts = [line.split() for line in _lines(path)]
+    return {p[0]: int(p[1]) * scale for p in parts if len(p) >= 2 and p[1].isdigit()}
+
+
+def _number(path: Path) -> int | None:
+    """A file of one number; None for "max", or when it is not there."""
+    text = "".join(_lines(path)).strip()
+    return int(text) if text.isdigit() else None

@@ -1,0 +1,49 @@
+"""The KV cache's memory. Layers at the same place of different KV groups share it: a block belongs to one group at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from kvloom.interfaces.attention import LayerCache, TensorShape
+from kvloom.interfaces.state import KVGroup
+
+LayerShapes = Mapping[int, tuple[TensorShape, ...]]
+"""By layer index: what the layer's backend asked for, without the block axis."""
+
+
+def page_bytes(shapes: tuple[TensorShape, ...]) -> int:
+    """Bytes of one layer's state in one block."""
+    return sum(math.prod(s.shape) * getattr(torch, s.dtype).itemsize for s in shapes)
+
+
+def shared_memory(groups: tuple[KVGroup, ...], shapes: LayerShapes) -> list[tuple[tuple[TensorShape, ...], list[int]]]:
+    """``[(shapes, layers that live in one allocation of these shapes), ...]``.
+
+    The j-th layers of all groups share, provided their shapes are equal: only then does block b lie in the same bytes for all
+    of them. A layer with other shapes gets memory of its own.
+    """
+    out: list[tuple[tuple[TensorShape, ...], list[int]]] = []
+    for j in range(max((len(g.layers) for g in groups), default=0)):
+        slot: dict[tuple[TensorShape, ...], list[int]] = {}
+        for group in groups:
+            if j < len(group.layers):
+                slot.setdefault(shapes[group.layers[j]], []).append(group.layers[j])
+        out += slot.items()
+    return out
+
+
+def block_bytes(groups: tuple[KVGroup, ...], shapes: LayerShapes) -> int:
+    """Bytes that one block costs over the whole model."""
+    return sum(page_bytes(s) for s, _ in shared_memory(groups, shapes))
+
+
+def allocate(groups: tuple[KVGroup, ...], shapes: LayerShapes, num_blocks: int, device: torch.device) -> dict[int, LayerCache]:
+    """Zeroed state of every layer that has any, by layer index. `num_blocks` counts block 0, the null block."""
+    caches: dict[int, LayerCache] = {}
+    for layer_shapes, layers in shared_memory(groups, shapes):
+        tensors = tuple(torch.zeros((num_blocks, *s.shape), dtype=getattr(torch, s.dtype), device=device) for s in layer_shapes)
+        caches.update((layer, LayerCache(layer, tensors)) for layer in layers)
+    return caches

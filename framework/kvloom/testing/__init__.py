@@ -1,0 +1,1 @@
+"""Fakes and helpers for tests, ours and those of plugin authors."""

@@ -1,0 +1,1 @@
+"""Weight loaders: one module a load format."""

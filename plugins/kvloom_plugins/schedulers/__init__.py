@@ -1,0 +1,1 @@
+"""Scheduling policies: who is served first, and who gives way."""
