@@ -13,9 +13,10 @@ from tqdm import tqdm
 from kvloom.config import EngineConfig
 from kvloom.errors import EngineClosedError, RequestFailedError, RequestTypeError, RequestValidationError, UnsupportedFeatureError
 from kvloom.outputs import RequestOutput
-from kvloom.params import SamplingParams
-from kvloom.prompts import ParsedPrompt, parse_prompts
-from kvloom.startup import RunningEngine, start_engine
+from kvloom.params import SamplingParams, check_int
+from kvloom.prompts import parse_prompts
+from kvloom.running import RunningEngine
+from kvloom.startup import start_engine
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -186,6 +187,8 @@ class LLM:
         try:
             while engine.has_work:
                 for sequence_id, output in engine.step():
+                    if isinstance(output, RequestFailedError):
+                        raise output
                     outputs[request_ids[sequence_id]] = output
                     bar.update()
         except BaseException:
@@ -197,18 +200,15 @@ class LLM:
 
 
 def _priorities(count: int, given: int | Sequence[int] | None) -> list[int]:
-    if given is None or isinstance(given, int):
-        return [given or 0] * count
-    if len(given) != count:
-        raise RequestValidationError(f"The lengths of prompts and priority must be the same: {count} and {len(given)}.",
+    """One a prompt, checked."""
+    values = [given or 0] * count if given is None or isinstance(given, int) else list(given)
+    if len(values) != count:
+        raise RequestValidationError(f"The lengths of prompts and priority must be the same: {count} and {len(values)}.",
                                      "priority", given)
-    return list(given)
+    return [check_int("priority", v, -(2**31)) for v in values]
 
 
 def _finished(output: RequestOutput | None) -> RequestOutput:
     if output is None:
         raise RequestFailedError("a request ended without an output")
     return output
-
-
-__all__ = ["LLM", "ParsedPrompt"]

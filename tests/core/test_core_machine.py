@@ -109,7 +109,7 @@ class CoreMachine(RuleBasedStateMachine):
             self.tainted |= {s.step_id for s in self.in_flight}
             self.scheduler.fail(step, error)
         except KVMismatchError as error:
-            assert step.step_id in self.tainted  # noqa: PT017
+            assert step.step_id in self.tainted
             self.tainted |= {s.step_id for s in self.in_flight}
             self.scheduler.fail(step, error)
         else:

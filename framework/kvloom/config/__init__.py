@@ -1,1 +1,8 @@
+"""Configuration: one section a file, one parameter a field, each with its state and its origin. Torch-free."""
 
+from __future__ import annotations
+
+from kvloom.config.engine_config import OTHER_ARGS, RENAMED, SECTION_OF, SECTIONS, EngineConfig
+from kvloom.config.section import NoEffect, Section, Unsupported
+
+__all__ = ["OTHER_ARGS", "RENAMED", "SECTIONS", "SECTION_OF", "EngineConfig", "NoEffect", "Section", "Unsupported"]

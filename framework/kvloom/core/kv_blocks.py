@@ -79,7 +79,6 @@ class KVBlocks:
         self._windows = [(g.index, g.window_tokens) for g in groups if g.window_tokens is not None]
         # A window of w tokens reads w - 1 tokens before the one that is computed.
         reach = [ALL_BLOCKS if g.window_tokens is None else self._columns(g.window_tokens - 1) for g in groups]
-        self._reach_columns = reach
         self._pool = BlockPool(num_blocks)
         self._hasher = BlockHasher(self.block_tokens)
         self._cached = cached
@@ -110,8 +109,7 @@ class KVBlocks:
         A window group gives blocks back as it goes: it needs the reach of the window and the column being written. Not so when
         all tokens are computed in one step.
         """
-        columns = self._columns(num_tokens)
-        return [min(columns, reach + 1) if chunked else columns for reach in self._reach_columns]
+        return [g.max_blocks(num_tokens, 1 if chunked else num_tokens) for g in self._groups]
 
     def tokens_that_fit(self, request: Request) -> int:
         """How many tokens more than `scheduled_tokens` its blocks and the free ones hold."""

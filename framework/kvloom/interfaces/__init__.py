@@ -34,7 +34,7 @@ from kvloom.interfaces.quant import (
     QuantMethod,
 )
 from kvloom.interfaces.registrar import Registrar
-from kvloom.interfaces.routes import EngineHandle, Route, RouteProvider
+from kvloom.interfaces.routes import EngineHandle, EngineInfo, Route, RouteProvider
 from kvloom.interfaces.sampling import LogitsProcessor, SampledTokens, Sampler, SamplingRows, SequenceView, Stage
 from kvloom.interfaces.scheduling import RequestView, SchedulingPolicy
 from kvloom.interfaces.state import KVGroup, LayerStateSpec, StateKind
@@ -76,6 +76,7 @@ __all__ = [
     "EmbeddingMethod",
     "EncoderWork",
     "EngineHandle",
+    "EngineInfo",
     "Executor",
     "ExpertsMethod",
     "FinishedBranch",

@@ -10,7 +10,14 @@ from kvloom_kernels.requirement import Requirement
 
 
 class Registrar(Protocol):
-    """Bound to one kind and one distribution; every ``kvloom_register_*`` hook gets one as `registry`."""
+    """Bound to one kind and one distribution; every ``kvloom_register_*`` hook gets one as `registry`.
+
+    A plugin with a module-level ``KVLOOM_CONFIG`` (a pydantic model, or ``"package.module:Model"``) has a configuration section,
+    ``plugin_config={"entry-point name": {...}}``. Its components read it as ``self.plugin_config``.
+    """
+
+    config: BaseModel | None
+    """The plugin's configuration section, validated; None when it declares none."""
 
     def add(self, name: str, target: str, *, needs: Requirement | None = None,
             config: type[BaseModel] | str | None = None) -> None:

@@ -11,12 +11,19 @@ from kvloom.outputs import RequestOutput
 from kvloom.params import PoolingParams, SamplingParams
 
 
-class EngineHandle(Protocol):
-    """What a plugin may do with a running engine."""
+class EngineInfo(Protocol):
+    """What an observer may know of a running engine."""
 
     @property
     def model_name(self) -> str:
-        """As served."""
+        """The checkpoint, as the configuration names it."""
+
+    def stats(self) -> Mapping[str, float]:
+        """Counters and gauges, by name with unit."""
+
+
+class EngineHandle(EngineInfo, Protocol):
+    """What a route may do with a running engine."""
 
     def add_request(self, prompt: Any, params: SamplingParams | PoolingParams, *, priority: int = 0) -> str:
         """Admit one prompt; returns the request's public id. Raises `RequestError` before anything is queued."""
@@ -26,9 +33,6 @@ class EngineHandle(Protocol):
 
     def stream(self, request_id: str) -> AsyncIterator[RequestOutput]:
         """Outputs of one request as they come; ends with a finished one."""
-
-    def stats(self) -> Mapping[str, float]:
-        """Counters and gauges, by name with unit."""
 
 
 @dataclass(frozen=True)

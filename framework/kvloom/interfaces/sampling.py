@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -116,11 +116,13 @@ class SampledTokens:
         token_ids: ``[rows]`` int64 on the logits' device; row i of a sequence is the successor of its draft i.
         accepted: ``[S]`` int64 how many of a sequence's rows count (1 without drafts); None means 1 everywhere.
         logprobs: per sequence and accepted token its candidates, sampled token first; empty when nobody asked.
+        failed: index of a sequence that could not be sampled -> why (its logits are not finite). Only that request fails.
     """
 
     token_ids: Tensor
     accepted: Tensor | None = None
     logprobs: Mapping[int, tuple[tuple[TokenLogprob, ...], ...]] | None = None
+    failed: Mapping[int, str] = field(default_factory=dict)
 
 
 class Sampler(ABC):

@@ -1,1 +1,1 @@
-
+"""The device side: building and loading a model, planning memory, running steps."""

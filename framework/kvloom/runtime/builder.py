@@ -8,30 +8,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kvloom_kernels.requirement import Machine
 
 from kvloom.config import EngineConfig
 from kvloom.config.checkpoint import resolve_model_dir
-from kvloom.config.model_json import derive_max_model_len, parse_model_config, read_model_json
-from kvloom.errors import ConfigError, NotRegisteredError, UnsupportedArchitectureError, UnsupportedFeatureError
+from kvloom.config.model_json import derive_max_model_len, parse_model_config, read_end_tokens, read_model_json
+from kvloom.errors import ConfigError, NotRegisteredError, UnsupportedArchitectureError
 from kvloom.hooks.loader import PluginSet
 from kvloom.hooks.registry import Entry
 from kvloom.interfaces.attention import AttentionBackend
 from kvloom.interfaces.comm import Comm
 from kvloom.interfaces.model import BuildContext, Model
 from kvloom.interfaces.model_config import ModelConfig
+from kvloom.interfaces.quant import QuantMethod
 from kvloom.runtime.choice import BackendChooser
+from kvloom_kernels.requirement import Machine
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A checkpoint's directory and what its config.json says, checked. Made once, before anything is built."""
+    """A checkpoint's directory and what its config.json says, checked. Made once, before anything is built.
+
+    Args:
+        entry: the plugin's model class.
+        quant: the plugin's quantization method; "none" for plain weights.
+        end_token_ids: ids that end a text.
+    """
 
     directory: Path
     entry: Entry[Model]
     config: ModelConfig
     max_model_len: int
     dtype: torch.dtype
+    quant: Entry[QuantMethod]
+    end_token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -57,14 +66,13 @@ def open_source(config: EngineConfig, plugins: PluginSet) -> ModelSource:
     """
     m = config.model
     directory = resolve_model_dir(m.model, m.revision, m.download_dir, m.hf_token)
-    raw = read_model_json(directory)
+    raw = read_model_json(directory, m.hf_overrides)
     entry = find_architecture(raw, plugins)
     model_config = parse_model_config(raw, entry.config_model() or ModelConfig)
-    if model_config.quantization_config:
-        method = model_config.quantization_config.get("quant_method")
-        raise UnsupportedFeatureError("quantization", method, "use a checkpoint without quantization_config")
+    quant = find_quantization(m.quantization, model_config.quantization_config, plugins)
     max_model_len = config.resolved_max_model_len(derive_max_model_len(model_config))
-    return ModelSource(directory, entry, model_config, max_model_len, resolve_dtype(m.dtype, model_config.dtype))
+    dtype = resolve_dtype(m.dtype, model_config.dtype)
+    return ModelSource(directory, entry, model_config, max_model_len, dtype, quant, read_end_tokens(directory, raw))
 
 
 def find_architecture(raw: Mapping[str, Any], plugins: PluginSet) -> Entry[Model]:
@@ -80,6 +88,23 @@ def find_architecture(raw: Mapping[str, Any], plugins: PluginSet) -> Entry[Model
         raise UnsupportedArchitectureError(
             f"Model architectures {list(architectures)} are not supported for now. {error}") from error
     raise UnsupportedArchitectureError("config.json names no architectures")
+
+
+def find_quantization(requested: str | None, settings: Mapping[str, Any] | None, plugins: PluginSet) -> Entry[QuantMethod]:
+    """The method that config.json's ``quantization_config`` names; `requested` may only confirm it.
+
+    Raises:
+        ConfigError: the two disagree, or nobody registered the method.
+    """
+    stored = (settings or {}).get("quant_method")
+    if settings and not isinstance(stored, str):
+        raise ConfigError(f"config.json's quantization_config must name its quant_method, got {stored!r}")
+    if requested is not None and requested != (stored or "none"):
+        raise ConfigError(f"quantization={requested!r} does not match the checkpoint, whose weights are {stored or 'plain'}; leave it out")
+    try:
+        return plugins.registries["quantizations"].resolve(stored or "none")
+    except NotRegisteredError as error:
+        raise ConfigError(f"Unknown quantization method {stored!r}. {error}") from error
 
 
 def resolve_dtype(requested: str, checkpoint: str | None) -> torch.dtype:
@@ -106,9 +131,13 @@ def cpu_has_bfloat16() -> bool:
 def build_model(config: EngineConfig, plugins: PluginSet, source: ModelSource, device: torch.device, comm: Comm) -> BuiltModel:
     """Make the model; on the meta device nothing is allocated and only shapes are right (memory plan)."""
     plain = plugins.registries["quantizations"].resolve("none").load()({})
+    quant = plain if source.quant.name == "none" else source.quant.load()(source.config.quantization_config or {})
+    reason = quant.supports(source.dtype, device)
+    if reason is not None:
+        raise ConfigError(f"quantization method {source.quant.name!r} cannot run here: {reason}")
     chooser = BackendChooser(plugins.registries["attention_backends"], config.device.attention_backend, Machine("cpu"))
     build = BuildContext(
-        dtype=source.dtype, device=device, quant=plain, plain=plain, comm=comm, max_model_len=source.max_model_len,
+        dtype=source.dtype, device=device, quant=quant, plain=plain, comm=comm, max_model_len=source.max_model_len,
         cache_dtype=source.dtype, block_tokens=config.cache.block_size, make_backend=chooser)
     model = source.entry.load()(source.config, build)
     return BuiltModel(model, chooser.by_layer, tuple(chooser.notes))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from kvloom_kernels.requirement import Machine
-
 from kvloom.errors import ConfigError
 from kvloom.hooks.registry import Registry
 from kvloom.interfaces.attention import AttentionBackend, AttentionSpec
+from kvloom_kernels.requirement import Machine
 
 AUTO_ORDER = ("cpu", "reference")
 """What "auto" tries, first to last. A third party's backend is chosen by name only."""

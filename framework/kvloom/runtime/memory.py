@@ -182,19 +182,21 @@ def _with_blocks(plan: MemoryPlan) -> MemoryPlan:
 
 def memory_needs(config: EngineConfig, source: ModelSource, built: BuiltModel) -> MemoryNeeds:
     """Needs of a model that was built, on the meta device or a real one."""
-    scheduler, cache = config.scheduler, config.cache
+    cache = config.cache
+    limits = config.scheduler.limits(source.max_model_len, enable_prefix_caching=cache.enable_prefix_caching,
+                                     chunkable=built.model.chunkable)
     groups = group_layers(built.model.state_specs(), cache.block_size)
     shapes = {layer: built.backends[layer].state_shapes() for group in groups for layer in group.layers}
     page = sum(page_bytes(s) for s in shapes.values())
     return MemoryNeeds(
         weights_bytes=sum(t.size_bytes for t in wanted_tensors(built.model).values()),
-        activations_bytes=activation_bytes(source.config, source.dtype, scheduler.max_num_batched_tokens, scheduler.max_num_seqs),
+        activations_bytes=activation_bytes(source.config, source.dtype, limits.max_num_batched_tokens, limits.max_num_seqs),
         groups=groups,
         block_bytes=block_bytes(groups, shapes),
         kv_bytes_per_token=-(-page // cache.block_size),
         max_model_len=source.max_model_len,
-        max_num_seqs=scheduler.max_num_seqs,
-        chunked=scheduler.enable_chunked_prefill and built.model.chunkable,
+        max_num_seqs=limits.max_num_seqs,
+        chunked=limits.chunked,
         kv_cache_bytes=cache.kv_cache_memory,
         num_blocks=cache.num_gpu_blocks_override,
     )

@@ -47,7 +47,7 @@ def load_weights(model: Model, loader: WeightLoader, directory: Path) -> LoadRep
         CheckpointError: missing, unused, wrongly shaped or typed tensors, all of them in one message; damaged or unsafe files.
     """
     slots = wanted_slots(model)
-    catalog = loader.catalog(directory, _infos(slots))
+    catalog = loader.catalog(directory, wanted_infos(slots))
     names = check_catalog(model, slots, catalog, directory)
     left = set(names)
     with torch.no_grad():
@@ -66,7 +66,7 @@ def load_weights(model: Model, loader: WeightLoader, directory: Path) -> LoadRep
 
 def wanted_tensors(model: Model) -> dict[str, TensorInfo]:
     """What the model asks of a checkpoint: name -> whole shape, dtype of the parameter, bytes in that dtype."""
-    return _infos(wanted_slots(model))
+    return wanted_infos(wanted_slots(model))
 
 
 def wanted_slots(model: Model) -> dict[str, Slot]:
@@ -81,7 +81,8 @@ def wanted_slots(model: Model) -> dict[str, Slot]:
     return slots
 
 
-def _infos(slots: Mapping[str, Slot]) -> dict[str, TensorInfo]:
+def wanted_infos(slots: Mapping[str, Slot]) -> dict[str, TensorInfo]:
+    """Shape, dtype and bytes of each wanted tensor, as `WeightLoader.catalog` takes them."""
     return {name: TensorInfo(s.spec.shape, s.spec.dtype, math.prod(s.spec.shape) * getattr(torch, s.spec.dtype).itemsize)
             for name, s in slots.items()}
 

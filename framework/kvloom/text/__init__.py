@@ -1,1 +1,1 @@
-
+"""Text: tokenizers, detokenisation, and the outputs that callers get."""

@@ -1,0 +1,46 @@
+"""The KV cache: how large, in which blocks, what is kept."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+
+from kvloom.config.section import NoEffect, Section, Unsupported
+
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+class CacheSection(Section):
+    """The paged KV cache."""
+
+    block_size: Annotated[int, Field(ge=1, le=256, description="tokens in a block; None: 16")] = 16
+    kv_cache_memory: Annotated[int | None, Field(ge=1, description="bytes, or text such as '4GiB'; None: see docs/api.md")] = None
+    num_gpu_blocks_override: Annotated[int | None, Field(ge=2, description="exactly so many blocks, one of them the null block")] = None
+    enable_prefix_caching: Annotated[bool, Field(description="keep blocks for prompts with the same beginning; None: True")] = True
+    kv_cache_dtype: Annotated[str, Field(description="numbers of keys and values"), Unsupported("leave it at 'auto': the model's dtype")] = "auto"
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1, description="share of a GPU's memory"), NoEffect(
+        "on a CPU the KV cache takes kv_cache_memory, or a default bounded by what the process may still use")] = 0.9
+    swap_space: Annotated[float, Field(ge=0, description="GiB of host memory for blocks that gave way"), NoEffect(
+        "on a CPU device blocks that gave way are recomputed: moving them within the same memory wins nothing")] = 4
+    cpu_offload_gb: Annotated[float, Field(ge=0, description="GiB of weights kept on the host"), Unsupported(
+        "leave it at 0: on a CPU device all weights are on the host")] = 0
+
+    @field_validator("kv_cache_memory", mode="before")
+    @classmethod
+    def _parse_bytes(cls, value: Any) -> Any:
+        return parse_bytes(value) if isinstance(value, str) else value
+
+    @field_validator("block_size", "enable_prefix_caching", mode="before")
+    @classmethod
+    def _none_is_default(cls, value: Any, info: Any) -> Any:
+        return cls.model_fields[info.field_name].default if value is None else value
+
+
+def parse_bytes(text: str) -> int:
+    """``"4GiB"``, ``"512 MB"``, ``"1.5GiB"`` -> bytes. Raises ValueError with what is valid."""
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([a-zA-Z]{0,3})\s*", text)
+    if match is None or match[2].lower() not in UNITS:
+        raise ValueError(f"{text!r} is no amount of memory; give bytes, or a number with {', '.join(u for u in UNITS if u)}")
+    return int(float(match[1]) * UNITS[match[2].lower()])

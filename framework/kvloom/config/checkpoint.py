@@ -1,0 +1,56 @@
+"""From a directory or a hub id to a directory. The hub's cache is used when it has the files, so everything works offline too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kvloom.errors import ModelError
+
+FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.tiktoken", "*.jinja", "merges.txt", "vocab.txt"]
+"""What is fetched of a hub repository: never pickles, never Python files."""
+
+
+def resolve_model_dir(model: str, revision: str | None = None, download_dir: str | None = None,
+                      token: bool | str | None = None) -> Path:
+    """The directory of a checkpoint or tokenizer.
+
+    Args:
+        model: directory, or hub id such as ``org/name``.
+        revision: branch, tag or commit of a hub id.
+        download_dir: the hub's cache folder; None: huggingface_hub's own.
+        token: as huggingface_hub takes it.
+
+    Raises:
+        ModelError: neither a directory nor a hub id that is in the cache or can be fetched.
+    """
+    directory = Path(model).expanduser()
+    if directory.is_dir():
+        return directory
+    if directory.exists() or directory.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise ModelError(f"{model!r} is no directory: give a directory with config.json and safetensors files, or a hub id (org/name)")
+    return _from_hub(model, revision, download_dir, token)
+
+
+def _from_hub(model: str, revision: str | None, download_dir: str | None, token: bool | str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    def snapshot(*, offline: bool) -> Path:
+        return Path(snapshot_download(model, revision=revision, cache_dir=download_dir, token=token, allow_patterns=FILES,
+                                      local_files_only=offline))
+
+    try:
+        cached = snapshot(offline=True)
+        if any(cached.glob("*.safetensors")) or (cached / "tokenizer_config.json").exists():
+            return cached
+    except LocalEntryNotFoundError:
+        pass  # not in the cache: it is fetched below
+    except HFValidationError as error:
+        raise ModelError(f"{model!r} is neither a directory nor a valid hub id: {error}") from error
+    try:
+        return snapshot(offline=False)
+    except Exception as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise ModelError(f"{model!r}{at} is no directory here, is not in the hub's cache and cannot be fetched "
+                         f"({type(error).__name__}: {str(error)[:300]}). Give a directory, or fetch it first: "
+                         f"hf download {model}{f' --revision {revision}' if revision else ''}") from error

@@ -1,0 +1,60 @@
+"""Which model, which tokenizer, in which numbers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from kvloom.config.section import Secret, Section, Unsupported
+
+DTYPES = {"auto": "auto", "half": "float16", "float16": "float16", "bfloat16": "bfloat16", "float": "float32", "float32": "float32"}
+"""What can be given, in any case, and what it means."""
+
+
+class ModelSection(Section):
+    """The checkpoint and how it is read."""
+
+    model: Annotated[str, Field(min_length=1, description="directory, or hub id whose files are in the hub's cache or can be fetched")]
+    tokenizer: Annotated[str | None, Field(description="directory or hub id; None: the model's")] = None
+    tokenizer_mode: Annotated[str, Field(description="auto: fast where there is one; slow; or a plugin's name")] = "auto"
+    skip_tokenizer_init: Annotated[bool, Field(description="no tokenizer: token prompts only, output text is empty")] = False
+    trust_remote_code: Annotated[bool, Field(description="run code that comes with a checkpoint"),
+                                 Unsupported("the code of a checkpoint is never run; install a plugin for its architecture")] = False
+    revision: Annotated[str | None, Field(description="branch, tag or commit of a hub id")] = None
+    tokenizer_revision: Annotated[str | None, Field(description="the same for the tokenizer; None: `revision` when both are one id")] = None
+    dtype: Annotated[str, Field(description="of weights and activations: auto, float32, bfloat16, float16, or a torch dtype")] = "auto"
+    quantization: Annotated[str | None, Field(description="method's name; None: what the checkpoint says")] = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64, description="of requests without a seed; None behaves as 0")] = 0
+    max_model_len: Annotated[int | None, Field(ge=2, description="longest sequence in tokens; None: what the model was made for")] = None
+    load_format: Annotated[str, Field(description="auto, safetensors, dummy, or a plugin's name")] = "auto"
+    download_dir: Annotated[str | None, Field(description="the hub's cache folder")] = None
+    hf_token: Annotated[bool | str | None, Field(description="for downloads; True: the one that huggingface_hub stored"), Secret()] = None
+    hf_overrides: Annotated[dict[str, Any] | None, Field(description="keys set on config.json; a function is not taken")] = None
+    allowed_local_media_path: Annotated[str, Field(description="folder of media files"), Unsupported("leave it empty: text only so far")] = ""
+    generation_config: Annotated[str, Field(description="where generation defaults come from; its end-of-text tokens are read"),
+                                 Unsupported("leave it at 'auto'")] = "auto"
+    override_generation_config: Annotated[dict[str, Any] | None, Field(description="on top of it"),
+                                          Unsupported("give SamplingParams to generate")] = None
+    task: Annotated[Literal["auto", "generate", "embed", "classify", "score", "reward", "transcription"],
+                    Field(description="what the model is used for"), Unsupported("only generation works", ("generate",))] = "auto"
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _name_of_dtype(cls, value: Any) -> Any:
+        """``torch.float32`` and ``"Float"`` both mean float32."""
+        if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
+            value = str(value).removeprefix("torch.")
+        if not isinstance(value, str) or value.lower() not in DTYPES:
+            raise ValueError(f"Unknown dtype: use one of {', '.join(DTYPES)}")
+        return DTYPES[value.lower()]
+
+    @field_validator("seed", mode="before")
+    @classmethod
+    def _none_is_zero(cls, value: Any) -> Any:
+        return 0 if value is None else value
+
+    @field_validator("tokenizer_mode", mode="before")
+    @classmethod
+    def _lower(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value

@@ -1,0 +1,123 @@
+"""One rank: plans memory, builds and loads its model, and runs steps on it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from kvloom.config import EngineConfig
+from kvloom.errors import InternalError, NotRegisteredError
+from kvloom.hooks.loader import PluginSet
+from kvloom.interfaces import Model, Step, StepResult, WeightLoader, WorkerReport
+from kvloom.runtime.batch import BatchState
+from kvloom.runtime.builder import BuiltModel, ModelSource, build_model
+from kvloom.runtime.comm import LocalComm
+from kvloom.runtime.host_memory import host_memory
+from kvloom.runtime.kv_tensors import allocate
+from kvloom.runtime.memory import MemoryPlan, memory_needs, plan_memory
+from kvloom.runtime.runner import Runner
+from kvloom.runtime.weights import check_catalog, load_weights, wanted_infos, wanted_slots
+
+DEFAULT_SAMPLER = "default"
+
+
+def make_loader(config: EngineConfig, plugins: PluginSet) -> WeightLoader:
+    """The weight loader that ``load_format`` names. Raises `NotRegisteredError`."""
+    try:
+        loader: WeightLoader = plugins.registries["loaders"].resolve(config.model.load_format).load()()
+    except NotRegisteredError as error:
+        raise NotRegisteredError(f"load_format={config.model.load_format!r}: {error}") from error
+    return loader
+
+
+def plan_model(config: EngineConfig, plugins: PluginSet, source: ModelSource) -> tuple[MemoryPlan, BuiltModel]:
+    """The memory plan, from config.json and file headers alone; the model exists on the meta device only.
+
+    Raises:
+        CheckpointError: the files do not hold what the model needs.
+    """
+    built = build_model(config, plugins, source, torch.device("meta"), LocalComm())
+    slots = wanted_slots(built.model)
+    catalog = make_loader(config, plugins).catalog(source.directory, wanted_infos(slots))
+    check_catalog(built.model, slots, catalog, source.directory)
+    return plan_memory(memory_needs(config, source, built), host_memory()), built
+
+
+class DeviceWorker:
+    """See `kvloom.interfaces.Worker`. One rank, in this process, on the CPU."""
+
+    def __init__(self, rank: int, config: EngineConfig, plugins: PluginSet, source: ModelSource) -> None:
+        self.rank = rank
+        self._config, self._plugins, self._source = config, plugins, source
+        self._device = torch.device("cpu")
+        self._comm = LocalComm()
+        self._plan: MemoryPlan | None = None
+        self._built: BuiltModel | None = None
+        self._runner: Runner | None = None
+
+    @property
+    def model(self) -> Model:
+        """The torch module."""
+        return self._model().model
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """The memory plan. After `load` only."""
+        if self._plan is None:
+            raise InternalError("the worker has not loaded its model yet")
+        return self._plan
+
+    def load(self) -> WorkerReport:
+        """See `Worker.load`: first the plan, which refuses what does not fit, then everything of the model's size.
+
+        Raises:
+            MemoryPlanError: it does not fit.
+            CheckpointError: the files do not hold what the model needs.
+        """
+        started = time.perf_counter()
+        self._plan, _ = plan_model(self._config, self._plugins, self._source)
+        self._plan.check()
+        planned = time.perf_counter()
+        built = build_model(self._config, self._plugins, self._source, self._device, self._comm)
+        loaded = load_weights(built.model, make_loader(self._config, self._plugins), self._source.directory)
+        self._built = built
+        done = time.perf_counter()
+        notes = (*built.notes, f"weights: {loaded.num_tensors} tensors, {loaded.size_bytes} bytes",
+                 *([f"ignored tensors: {', '.join(loaded.ignored)}"] if loaded.ignored else []))
+        return WorkerReport(self.rank, self._plan.needs.groups, self._plan.num_blocks, self._plugins.manifest.hash,
+                            (("memory plan", planned - started), ("weights", done - planned)), notes)
+
+    def allocate(self, num_blocks: int) -> None:
+        """See `Worker.allocate`."""
+        built, groups = self._model(), self.plan.needs.groups
+        limits = self._config.scheduler.limits(self._source.max_model_len, chunkable=built.model.chunkable,
+                                               enable_prefix_caching=self._config.cache.enable_prefix_caching)
+        shapes = {layer: built.backends[layer].state_shapes() for group in groups for layer in group.layers}
+        caches = allocate(groups, shapes, num_blocks, self._device)
+        sampler = self._plugins.registries["samplers"].resolve(DEFAULT_SAMPLER).load()()
+        state = BatchState(limits.max_num_seqs, limits.max_model_len, groups)
+        self._runner = Runner(built.model, sampler, self._comm, groups, len(built.model.state_specs()), built.backends, caches,
+                              state, self._device)
+
+    def execute(self, step: Step) -> StepResult:
+        """See `Worker.execute`."""
+        if self._runner is None:
+            raise InternalError("execute was called before allocate")
+        return self._runner.execute(step)
+
+    def close(self) -> None:
+        """See `Worker.close`."""
+        self._runner = self._built = None
+
+    def _model(self) -> BuiltModel:
+        if self._built is None:
+            raise InternalError("the worker has not loaded its model yet")
+        return self._built
+
+
+def worker_plan(worker: Any) -> MemoryPlan:
+    """For ``Executor.call``: a worker's plan."""
+    plan: MemoryPlan = worker.plan
+    return plan

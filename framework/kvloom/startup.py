@@ -1,0 +1,86 @@
+"""From a configuration to a running engine: plugins, model files, worker, KV cache, tokenizer, scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kvloom.config import EngineConfig
+from kvloom.core import Engine, Scheduler, root_digest
+from kvloom.errors import ConfigError, NotRegisteredError
+from kvloom.hooks.loader import PluginSet, load_plugins
+from kvloom.interfaces import Executor, Worker, WorkerReport
+from kvloom.logs import get_logger
+from kvloom.running import RequestRules, RunningEngine
+from kvloom.start_report import PhaseTimer, StartReport
+
+
+def load_config_plugins(config: EngineConfig) -> PluginSet:
+    """The plugins that a configuration selects."""
+    return load_plugins(config.selection, config.plugins.plugin_config, config.plugins.providers)
+
+
+def start_engine(config: EngineConfig) -> RunningEngine:
+    """Build everything. When something raises, what was built before is given back.
+
+    Raises:
+        ConfigError, ModelError, PluginError: see `kvloom.errors`.
+    """
+    for note in config.notes:
+        get_logger().info("configuration", note=note)
+    timer = PhaseTimer()
+    with timer.phase("plugins"):
+        plugins = load_config_plugins(config)
+    with timer.phase("import torch"):
+        from kvloom.runtime import builder, worker
+    from kvloom.text.tokenizer import open_tokenizer
+
+    with timer.phase("model files"):
+        source = builder.open_source(config, plugins)
+    with timer.phase("tokenizer"):
+        tokenizer = open_tokenizer(config, source.directory, plugins.registries["tokenizers"])
+    policy = _component(plugins, "schedulers", "scheduling_policy", config.scheduler.scheduling_policy)()
+    executor: Executor = _component(plugins, "executors", "distributed_executor_backend",
+                                    config.device.distributed_executor_backend)()
+
+    def make_worker(rank: int) -> Worker:
+        return worker.DeviceWorker(rank, config, plugins, source)
+
+    try:
+        report = executor.start(make_worker, 1)[0]
+        with timer.phase("KV cache"):
+            executor.allocate(report.num_blocks)
+        plan = executor.call(worker.worker_plan)[0]
+        model = executor.call(_chunkable)[0]
+        limits = config.scheduler.limits(source.max_model_len, chunkable=model, enable_prefix_caching=config.cache.enable_prefix_caching)
+        observers = [observe for _, observe in plugins.observers["kvloom_step_finished"]]
+        engine = Engine(Scheduler(limits, report.groups, report.num_blocks, policy), executor, observers)
+        rules = RequestRules.of(config.model.seed, source.config.vocab_size, source.end_token_ids, tokenizer,
+                                root_digest(str(source.directory)))
+        running = RunningEngine(config, engine, executor, plugins, tokenizer, rules, plan,
+                                _report(timer, report, plugins, str(source.dtype).removeprefix("torch.")))
+    except BaseException:
+        executor.close()
+        raise
+    running.announce()
+    return running
+
+
+def _chunkable(worker: Any) -> bool:
+    return bool(worker.model.chunkable)
+
+
+def _component(plugins: PluginSet, kind: str, parameter: str, name: str) -> Any:
+    """The class that a parameter names. Raises `ConfigError` that names the parameter."""
+    try:
+        return plugins.registries[kind].resolve(name).load()
+    except NotRegisteredError as error:
+        raise ConfigError(f"{parameter}={name!r}: {error}") from error
+
+
+def _report(timer: PhaseTimer, report: WorkerReport, plugins: PluginSet, dtype: str) -> StartReport:
+    import torch
+
+    threads = f"threads: {torch.get_num_threads()}"
+    phases: Mapping[str, float] = dict([*timer.phases, *report.timings_s])
+    return StartReport(tuple(phases.items()), (f"dtype: {dtype}", threads, *report.notes, *plugins.notes))

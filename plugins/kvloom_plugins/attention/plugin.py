@@ -1,0 +1,17 @@
+"""Registers the built-in attention backends. Imports no torch."""
+
+from __future__ import annotations
+
+from kvloom import hookimpl
+from kvloom.interfaces import Registrar
+from kvloom_kernels.requirement import Requirement
+
+KVLOOM_API = {"attention_backends": 0}
+
+
+@hookimpl
+def kvloom_register_attention_backends(registry: Registrar) -> None:
+    """The CPU's own, and the plain reference."""
+    registry.add("cpu", "kvloom_plugins.attention.cpu:CpuAttention",
+                 needs=Requirement(devices=("cpu",), dtypes=("float32", "bfloat16", "float16")))
+    registry.add("reference", "kvloom_plugins.attention.reference:ReferenceAttention")

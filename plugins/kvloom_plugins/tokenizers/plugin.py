@@ -1,0 +1,15 @@
+"""Registers the built-in tokenizers. Imports no transformers."""
+
+from __future__ import annotations
+
+from kvloom import hookimpl
+from kvloom.interfaces import Registrar
+
+KVLOOM_API = {"tokenizers": 0}
+
+
+@hookimpl
+def kvloom_register_tokenizers(registry: Registrar) -> None:
+    """transformers' tokenizers: the fast one where there is one, or always the slow one."""
+    registry.add("auto", "kvloom_plugins.tokenizers.hf:AutoTokenizer")
+    registry.add("slow", "kvloom_plugins.tokenizers.hf:SlowTokenizer")
