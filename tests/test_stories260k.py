@@ -40,7 +40,7 @@ def test_all_in_one_batch_with_the_golden_text(shared_dir: Path, golden: list[di
     with engine(shared_dir) as llm:
         outputs = generate(llm, golden)
     assert_golden(outputs, golden)
-    assert [o.outputs[0].text for o in outputs] == [r["text"] for r in golden]
+    assert [r["prompt"] + o.outputs[0].text for o, r in zip(outputs, golden, strict=True)] == [r["text"] for r in golden]
 
 
 def test_text_prompts_give_the_golden_prompt_ids(shared_dir: Path, golden: list[dict]) -> None:

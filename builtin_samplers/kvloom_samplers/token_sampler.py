@@ -25,7 +25,7 @@ class TokenSampler(Sampler):
         return SampledTokens(token_ids, failed=failed)
 
 
-def _draw(logits: Tensor, best: Tensor, rows: SamplingRows, drawn: np.ndarray) -> Tensor:  # type: ignore[type-arg]  # int64
+def _draw(logits: Tensor, best: Tensor, rows: SamplingRows, drawn: np.ndarray) -> Tensor:
     """Inverse of the cumulative distribution, ``[r, V] -> [r]``. Sums are taken in float64: a vocabulary is long."""
     temperatures = torch.from_numpy(rows.temperatures[drawn]).to(logits.device)[:, None]
     weights = logits.sub_(best[:, None]).div_(temperatures).exp_()

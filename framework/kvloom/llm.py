@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, ClassVar, ParamSpec, Self, TypeVar
 
 from tqdm import tqdm
 
@@ -22,14 +22,14 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _warn_positional(init: Callable[Concatenate[LLM, P], None]) -> Callable[Concatenate[LLM, P], None]:
+def _warn_positional(init: Callable[P, None]) -> Callable[P, None]:
     """Positional arguments after `model` still work, with a warning while ``LLM.DEPRECATE_INIT_POSARGS``."""
 
     @functools.wraps(init)
-    def wrapper(self: LLM, *args: P.args, **kwargs: P.kwargs) -> None:
-        if len(args) > 1 and type(self).DEPRECATE_INIT_POSARGS:
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
+        if len(args) > 2 and getattr(args[0], "DEPRECATE_INIT_POSARGS", False):
             warnings.warn("LLM(model, ...): pass everything after model by keyword", DeprecationWarning, stacklevel=2)
-        init(self, *args, **kwargs)
+        init(*args, **kwargs)
 
     return wrapper
 

@@ -43,7 +43,8 @@ class RequestRules:
     cache_root: bytes
 
     @classmethod
-    def of(cls, seed: int, vocab_size: int, end_token_ids: Sequence[int], tokenizer: Tokenizer | None, cache_root: bytes) -> RequestRules:
+    def of(cls, seed: int, vocab_size: int, end_token_ids: Sequence[int], tokenizer: Tokenizer | None,
+           cache_root: bytes) -> RequestRules:
         """The end of text is the tokenizer's; without one, the first of `end_token_ids`."""
         eos = tokenizer.eos_token_id if tokenizer is not None else None
         if eos is None and end_token_ids:
@@ -126,10 +127,8 @@ class RunningEngine:
         return places
 
     def _encode(self, prompt: ParsedPrompt) -> Sequence[int]:
-        token_ids: Sequence[int]
-        if prompt.token_ids is not None:
-            token_ids = prompt.token_ids
-        else:
+        token_ids: Sequence[int] | None = prompt.token_ids
+        if token_ids is None:
             token_ids = self.need_tokenizer("text prompts").encode(prompt.text or "")
         if not token_ids:
             raise RequestValidationError("The prompt cannot be empty: the tokenizer made no token of it", "prompt", prompt.text)

@@ -1,7 +1,8 @@
-"""Attention over a paged KV cache: the plain reference, and a batched torch version for rows of one query token.
+"""Attention over a paged KV cache: the plain reference, a C++ kernel, and a torch version for rows of one query token.
 
-Caches are ``k [N, Hk, B, D]`` and ``v [N, Hk, B, Dv]``: N blocks of B tokens. Block-table entries outside a row's context or
-window may name blocks of others; they are masked after they are read and their values are cleared, so not even NaN gets through.
+Caches are ``k [N, Hk, B, D]`` (the C++ kernel: ``[N, Hk, D, B]``) and ``v [N, Hk, B, Dv]``: N blocks of B tokens. Block-table
+entries outside a row's context or window may name blocks of others; they are masked after they are read and their values are
+cleared, so not even NaN gets through.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from kvloom_kernels.call import pointer
+from kvloom_kernels.native import library
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +79,42 @@ def paged_attention_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, block
     return out
 
 
-def paged_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, context_tokens: Tensor, mask: Tensor,
-                 scores: Scores) -> Tensor:
+def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, query_starts: Tensor, context_tokens: Tensor,
+                    scores: Scores, out: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """All rows in one call of the C++ kernel, in float32 inside.
+
+    Args:
+        q: ``[T, Hq, D]`` float32 or bfloat16, as the caches; heads side by side, tokens at any stride.
+        k_cache: ``[N, Hk, D, B]``: 16 keys are read at a time.
+        block_table, query_starts, context_tokens: int32, see `paged_attention_reference`.
+        out: ``[T, Hq, Dv]``, filled and returned.
+    """
+    sinks = None if sinks is None else sinks.float().contiguous()
+    library().kvloom_attend(
+        pointer(q), q.stride(0), pointer(k_cache), pointer(v_cache), pointer(block_table), block_table.stride(0),
+        pointer(query_starts), pointer(context_tokens), block_table.shape[0], q.shape[1], k_cache.shape[1], q.shape[2],
+        v_cache.shape[3], v_cache.shape[2], scores.window_tokens or 0, scores.scale, scores.soft_cap or 0.0, scores.causal,
+        pointer(sinks), pointer(out), q.dtype is torch.bfloat16, torch.get_num_threads())
+    return out
+
+
+def norm_rope_write(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, table: Tensor,
+                    positions: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> None:
+    """Per-head norms, rotation in place on q and k, and writing k and v to their slots, in one call of the C++ kernel.
+
+    Args:
+        q, k, v: ``[T, heads, D]`` each, heads side by side, tokens at any stride.
+        slots: ``[T]`` int64.
+        table, positions: see `kvloom.layers.Rotation`.
+        q_norm, k_norm: ``[D]`` weights, or None.
+    """
+    library().kvloom_norm_rope_write(
+        pointer(q), q.stride(0), q.shape[1], pointer(k), k.stride(0), pointer(v), v.stride(0), k.shape[1], q.shape[0], q.shape[2],
+        v.shape[2], pointer(table), pointer(positions), table.shape[1], pointer(q_norm), pointer(k_norm), eps, pointer(k_cache),
+        pointer(v_cache), pointer(slots), v_cache.shape[2], q.dtype is torch.bfloat16, torch.get_num_threads())
+
+
+def paged_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, mask: Tensor, scores: Scores) -> Tensor:
     """One query token a row, all rows in one call: ``q [R, Hq, D] -> [R, Hq, Dv]``.
 
     Args:
@@ -99,5 +137,5 @@ def decode_mask(context_tokens: Tensor, columns: int, block_tokens: int, scores:
 def _gather(cache: Tensor, block_table: Tensor, mask: Tensor) -> Tensor:
     """``[R, Hk, blocks * B, D]``; what is masked becomes 0."""
     blocks = cache.index_select(0, block_table.flatten().long())
-    rows = blocks.unflatten(0, block_table.shape).transpose(1, 2).flatten(2, 3)
-    return rows.masked_fill(~mask.transpose(-1, -2), 0)
+    rows = blocks.view(*block_table.shape, *cache.shape[1:]).transpose(1, 2).flatten(2, 3)
+    return torch.where(mask.transpose(-1, -2), rows, torch.zeros_like(rows))

@@ -30,7 +30,8 @@ class CoreMachine(RuleBasedStateMachine):
     """Steps are scheduled up to `depth` ahead and committed in order, at any later time."""
 
     @initialize(
-        windows=st.sampled_from(WINDOWS), block_tokens=st.integers(1, 5), pool=st.sampled_from([0.6, 1, 1.3, 2]), depth=st.integers(1, 3),
+        windows=st.sampled_from(WINDOWS), block_tokens=st.integers(1, 5),
+        pool=st.sampled_from([0.6, 1, 1.3, 2]), depth=st.integers(1, 3),
         max_num_seqs=st.integers(1, 6), budget=st.integers(1, 40), threshold=st.sampled_from([0, 1, 3, 8]),
         chunked=st.sampled_from([True, True, False]),
         cached=st.sampled_from([True, True, False]), max_model_len=st.integers(2, 60),

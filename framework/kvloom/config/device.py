@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from kvloom.config.section import NoEffect, Section, Unsupported
 
@@ -17,7 +17,8 @@ class DeviceSection(Section):
     device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="where the model runs"),
                       Unsupported("use 'cpu' or 'auto'", ("cpu",))] = "auto"
     attention_backend: Annotated[str, Field(min_length=1, description="auto, cpu, reference, or a plugin's name")] = "auto"
-    distributed_executor_backend: Annotated[str, Field(min_length=1, description="uni (in this process), or a plugin's name; None: uni")] = "uni"
+    distributed_executor_backend: Annotated[str, Field(
+        min_length=1, description="uni (in this process), or a plugin's name; None: uni")] = "uni"
     tensor_parallel_size: Annotated[int, Field(ge=1, description="ranks that divide each layer"), Unsupported("use 1")] = 1
     pipeline_parallel_size: Annotated[int, Field(ge=1, description="ranks that divide the layers"), Unsupported("use 1")] = 1
     enforce_eager: Annotated[bool | None, Field(description="never capture or compile"), NoEffect(_NOTHING_CAPTURED)] = None
@@ -29,3 +30,8 @@ class DeviceSection(Section):
                                          NoEffect("outputs are made after each step; there is no separate path")] = False
     enable_sleep_mode: Annotated[bool, Field(description="give memory back between uses"),
                                  Unsupported("close the LLM and make a new one")] = False
+
+    @field_validator("distributed_executor_backend", mode="before")
+    @classmethod
+    def _none_is_default(cls, value: Any) -> Any:
+        return "uni" if value is None else value

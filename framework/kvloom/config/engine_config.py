@@ -95,7 +95,7 @@ class EngineConfig:
             sections[name].check_supported()
             notes += [f"{k}={v!r} has no effect: {state.reason}" for k, v in values.items()
                       if SECTION_OF[k] == name and isinstance(state := section.state(k), NoEffect)
-                      and v != section.model_fields[k].default]
+                      and v != section.model_fields[k].get_default()]
         return cls(**sections, origins=origins, notes=tuple(notes))
 
     @property

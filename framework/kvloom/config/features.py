@@ -15,11 +15,16 @@ class FeatureSection(Section):
     enable_lora: Annotated[bool, Field(description="serve LoRA adapters"), Unsupported("merge the adapter into the checkpoint")] = False
     max_loras: Annotated[int, Field(ge=1, description="adapters at once"), Unsupported("leave it at 1: no adapters so far")] = 1
     max_lora_rank: Annotated[int, Field(ge=1, description="largest rank"), Unsupported("leave it at 16: no adapters so far")] = 16
-    limit_mm_per_prompt: Annotated[dict[str, int] | None, Field(description="media of a prompt"), Unsupported("text only so far")] = None
-    mm_processor_kwargs: Annotated[dict[str, Any] | None, Field(description="for media processors"), Unsupported("text only so far")] = None
-    override_pooler_config: Annotated[Any, Field(description="how hidden states are pooled"), Unsupported("only generation works")] = None
+    limit_mm_per_prompt: Annotated[dict[str, int] | None, Field(description="media of a prompt"),
+                                   Unsupported("text only so far")] = None
+    mm_processor_kwargs: Annotated[dict[str, Any] | None, Field(description="for media processors"),
+                                   Unsupported("text only so far")] = None
+    override_pooler_config: Annotated[Any, Field(description="how hidden states are pooled"),
+                                      Unsupported("only generation works")] = None
     speculative_config: Annotated[dict[str, Any] | None, Field(description="draft tokens"), Unsupported("leave it out")] = None
-    guided_decoding_backend: Annotated[str, Field(description="library for structured output"), Unsupported("leave it at 'auto'")] = "auto"
-    max_logprobs: Annotated[int, Field(ge=-1, description="most candidates of a position"), Unsupported("leave it at 20: no logprobs so far")] = 20
+    guided_decoding_backend: Annotated[str, Field(description="library for structured output"),
+                                       Unsupported("leave it at 'auto'")] = "auto"
+    max_logprobs: Annotated[int, Field(ge=-1, description="most candidates of a position"),
+                            Unsupported("leave it at 20: no logprobs so far")] = 20
     disable_log_stats: Annotated[bool, Field(description="leave metrics out"),
                                  NoEffect("RequestOutput.metrics is always set: it costs a few clock reads")] = True

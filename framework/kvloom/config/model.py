@@ -22,16 +22,17 @@ class ModelSection(Section):
     trust_remote_code: Annotated[bool, Field(description="run code that comes with a checkpoint"),
                                  Unsupported("the code of a checkpoint is never run; install a plugin for its architecture")] = False
     revision: Annotated[str | None, Field(description="branch, tag or commit of a hub id")] = None
-    tokenizer_revision: Annotated[str | None, Field(description="the same for the tokenizer; None: `revision` when both are one id")] = None
+    tokenizer_revision: Annotated[str | None, Field(description="the same for the tokenizer; None: `revision`")] = None
     dtype: Annotated[str, Field(description="of weights and activations: auto, float32, bfloat16, float16, or a torch dtype")] = "auto"
     quantization: Annotated[str | None, Field(description="method's name; None: what the checkpoint says")] = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64, description="of requests without a seed; None behaves as 0")] = 0
-    max_model_len: Annotated[int | None, Field(ge=2, description="longest sequence in tokens; None: what the model was made for")] = None
+    max_model_len: Annotated[int | None, Field(ge=2, description="longest sequence, tokens; None: what the model was made for")] = None
     load_format: Annotated[str, Field(description="auto, safetensors, dummy, or a plugin's name")] = "auto"
     download_dir: Annotated[str | None, Field(description="the hub's cache folder")] = None
-    hf_token: Annotated[bool | str | None, Field(description="for downloads; True: the one that huggingface_hub stored"), Secret()] = None
+    hf_token: Annotated[bool | str | None, Field(description="for downloads; True: the stored one"), Secret()] = None
     hf_overrides: Annotated[dict[str, Any] | None, Field(description="keys set on config.json; a function is not taken")] = None
-    allowed_local_media_path: Annotated[str, Field(description="folder of media files"), Unsupported("leave it empty: text only so far")] = ""
+    allowed_local_media_path: Annotated[str, Field(description="folder of media files"),
+                                        Unsupported("leave it empty: text only so far")] = ""
     generation_config: Annotated[str, Field(description="where generation defaults come from; its end-of-text tokens are read"),
                                  Unsupported("leave it at 'auto'")] = "auto"
     override_generation_config: Annotated[dict[str, Any] | None, Field(description="on top of it"),

@@ -38,7 +38,8 @@ def read_model_json(directory: Path, overrides: Mapping[str, Any] | None = None)
     path = directory / "config.json"
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "nothing"
-        raise ModelError(f"{directory} has no config.json (there is {there}); give the directory of a checkpoint in Hugging Face format")
+        raise ModelError(f"{directory} has no config.json (there is {there}); give the directory of a checkpoint in Hugging Face "
+                         "format")
     raw = {k: v for k, v in read_json(path).items() if not k.startswith("_")}
     return raw | dict(overrides or {})
 

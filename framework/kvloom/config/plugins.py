@@ -12,7 +12,9 @@ from kvloom.config.section import Section
 class PluginSection(Section):
     """Plugins by entry-point name."""
 
-    plugins: Annotated[tuple[str, ...] | None, Field(strict=False, description="plugins that must run besides the built-in ones; None: every "
-                                                     "installed one, or with a file: none")] = None
-    plugin_config: Annotated[dict[str, dict[str, Any]], Field(description="a plugin's name -> its own settings")] = {}
-    providers: Annotated[dict[str, dict[str, str]], Field(description="kind -> component -> distribution, where several offer one name")] = {}
+    plugins: Annotated[tuple[str, ...] | None, Field(strict=False, description=(
+        "plugins that must run besides the built-in ones; None: every installed one, or with a file: none"))] = None
+    plugin_config: Annotated[dict[str, dict[str, Any]], Field(
+        default_factory=dict, description="a plugin's name -> its own settings")]
+    providers: Annotated[dict[str, dict[str, str]], Field(
+        default_factory=dict, description="kind -> component -> distribution, where several offer one name")]

@@ -85,8 +85,11 @@ class Request:
         metrics: see `RequestMetrics`.
     """
 
-    __slots__ = ("arrival_s", "computed_tokens", "digests", "error", "finish", "in_flight", "in_flight_samples", "lost_tokens", "metrics", "order",
-                 "priority", "prompt_tokens", "scheduled_tokens", "sequence_id", "spec", "state", "stop", "table", "token_ids")
+    __slots__ = (
+        "arrival_s", "computed_tokens", "digests", "error", "finish", "in_flight", "in_flight_samples", "lost_tokens",
+        "metrics", "order", "priority", "prompt_tokens", "scheduled_tokens", "sequence_id", "spec", "state", "stop",
+        "table", "token_ids",
+    )
 
     def __init__(self, sequence_id: int, spec: RequestSpec, stop: StopRule, table: BlockTable) -> None:
         self.sequence_id = sequence_id

@@ -180,7 +180,8 @@ def _call(origin: Origin, implementation: Any, registrar: BoundRegistrar) -> Non
     except PluginError:
         raise
     except Exception as error:
-        raise PluginLoadError(f"{origin}: its hook {implementation.function.__name__} raised {type(error).__name__}: {error}") from error
+        hook = implementation.function.__name__
+        raise PluginLoadError(f"{origin}: its hook {hook} raised {type(error).__name__}: {error}") from error
 
 
 def _check_versions(origin: Origin, module: ModuleType) -> dict[str, int]:

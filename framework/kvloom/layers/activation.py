@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kvloom.errors import ConfigError
+from kvloom_kernels.activation import silu_mul
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -36,5 +37,7 @@ def activation(name: str) -> Activation:
 
 def gated(function: Activation, gate_up: Tensor) -> Tensor:
     """``gate_up [T, 2 * I] -> function(gate) * up [T, I]``: what follows a `GateUpLinear`."""
+    if function is functional.silu:
+        return silu_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return function(gate) * up

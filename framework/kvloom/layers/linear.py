@@ -154,7 +154,7 @@ class QKVLinear(LinearLayer):
     def forward(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
         """``x [T, in] -> q [T, Hq, D], k [T, Hk, D], v [T, Hk, Dv]`` of this rank: strided views of one ``[T, ..]`` product."""
         fused = torch.split(self.product(x, self._bias, ctx), self._sizes, dim=-1)
-        q, k, v = (part.unflatten(-1, heads) for part, heads in zip(fused, self._parts, strict=True))
+        q, k, v = (part.view(-1, *heads) for part, heads in zip(fused, self._parts, strict=True))
         return q, k, v
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kvloom.interfaces.model import BuildContext
 from kvloom.interfaces.quant import ParamSpec
 from kvloom.layers.base import LoadableModule, dtype_name
 from kvloom.layers.params import Span
+from kvloom_kernels.norm import rms_norm, rms_norm_add
 
 
 class RMSNorm(LoadableModule):
@@ -36,14 +36,10 @@ class RMSNorm(LoadableModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., width] -> [..., width]``."""
-        return self._normalise(x)
+        return rms_norm(x, self.tensors["weight"], self.eps)
 
     def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """``(norm(residual + x), residual + x)``; a residual of None starts the stream with x."""
-        stream = x if residual is None else residual + x
-        return self._normalise(stream), stream
-
-    def _normalise(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.tensors["weight"] * wide.to(x.dtype)
+        if residual is None:
+            return self(x), x
+        return rms_norm_add(x, residual, self.tensors["weight"], self.eps)

@@ -12,7 +12,7 @@ import torch
 from kvloom.config import EngineConfig
 from kvloom.config.checkpoint import resolve_model_dir
 from kvloom.config.model_json import derive_max_model_len, parse_model_config, read_end_tokens, read_model_json
-from kvloom.errors import ConfigError, NotRegisteredError, UnsupportedArchitectureError
+from kvloom.errors import ConfigError, NotRegisteredError, PluginLoadError, UnsupportedArchitectureError
 from kvloom.hooks.loader import PluginSet
 from kvloom.hooks.registry import Entry
 from kvloom.interfaces.attention import AttentionBackend
@@ -68,11 +68,19 @@ def open_source(config: EngineConfig, plugins: PluginSet) -> ModelSource:
     directory = resolve_model_dir(m.model, m.revision, m.download_dir, m.hf_token)
     raw = read_model_json(directory, m.hf_overrides)
     entry = find_architecture(raw, plugins)
-    model_config = parse_model_config(raw, entry.config_model() or ModelConfig)
+    model_config = parse_model_config(raw, config_model(entry))
     quant = find_quantization(m.quantization, model_config.quantization_config, plugins)
     max_model_len = config.resolved_max_model_len(derive_max_model_len(model_config))
     dtype = resolve_dtype(m.dtype, model_config.dtype)
     return ModelSource(directory, entry, model_config, max_model_len, dtype, quant, read_end_tokens(directory, raw))
+
+
+def config_model(entry: Entry[Model]) -> type[ModelConfig]:
+    """What the architecture's plugin may see of config.json. Raises `PluginLoadError` when it is no `ModelConfig`."""
+    model = entry.config_model() or ModelConfig
+    if not issubclass(model, ModelConfig):
+        raise PluginLoadError(f"{entry.origin}: the config of {entry.name} must be a subclass of kvloom.interfaces.ModelConfig")
+    return model
 
 
 def find_architecture(raw: Mapping[str, Any], plugins: PluginSet) -> Entry[Model]:
@@ -100,7 +108,8 @@ def find_quantization(requested: str | None, settings: Mapping[str, Any] | None,
     if settings and not isinstance(stored, str):
         raise ConfigError(f"config.json's quantization_config must name its quant_method, got {stored!r}")
     if requested is not None and requested != (stored or "none"):
-        raise ConfigError(f"quantization={requested!r} does not match the checkpoint, whose weights are {stored or 'plain'}; leave it out")
+        raise ConfigError(f"quantization={requested!r} does not match the checkpoint, whose weights are "
+                          f"{stored or 'plain'}; leave it out")
     try:
         return plugins.registries["quantizations"].resolve(stored or "none")
     except NotRegisteredError as error:

@@ -7,7 +7,7 @@ from kvloom.hooks.registry import Registry
 from kvloom.interfaces.attention import AttentionBackend, AttentionSpec
 from kvloom_kernels.requirement import Machine
 
-AUTO_ORDER = ("cpu", "reference")
+AUTO_ORDER = ("cpu", "torch", "reference")
 """What "auto" tries, first to last. A third party's backend is chosen by name only."""
 
 

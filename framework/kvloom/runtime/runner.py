@@ -88,7 +88,7 @@ class Runner:
         return {int(i): _row_result(r.sequence_id, s, token, done) for s, (i, r, token)
                 in enumerate(zip(indices.sampled, ranges, token_ids.tolist(), strict=True))}
 
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:  # type: ignore[type-arg]  # any of the index dtypes
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
         """On the CPU the tensor shares the array's memory."""
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
 

@@ -1,79 +1,63 @@
-"""The CPU backend in torch: all rows of one query token in one call, longer rows one by one."""
+"""The CPU backend: our C++ kernel, all rows of a step in one call."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from kvloom.interfaces import AttentionBatch, AttentionSpec, LayerCache
-from kvloom_kernels.attention import decode_mask, paged_attention_reference, paged_decode
-from kvloom_plugins.attention.paged import PagedAttention, split_slots
-
-
-class DecodeRows(NamedTuple):
-    """Rows of one query token whose contexts are of similar length."""
-
-    tokens: Tensor
-    block_table: Tensor
-    context_tokens: Tensor
-    mask: Tensor
-
-
-class CpuMeta(NamedTuple):
-    """A step's rows by kind. `prompts`: index of each row of several tokens."""
-
-    batch: AttentionBatch
-    slots: tuple[Tensor, Tensor]
-    decodes: list[DecodeRows]
-    prompts: list[int]
+from kvloom.interfaces import AttentionBatch, AttentionSpec, LayerCache, TensorShape
+from kvloom_kernels.attention import norm_rope_write, paged_attention
+from kvloom_kernels.native import problem
+from kvloom_plugins.attention.paged import PagedAttention, PagedMeta
 
 
 class CpuAttention(PagedAttention):
-    """See the module's docstring."""
+    """Keys are ``[N, Hk, D, B]`` here: the kernel reads 16 keys at a time, one element of each."""
 
     @classmethod
     def supports(cls, spec: AttentionSpec) -> str | None:
         """See `AttentionBackend.supports`."""
-        if spec.soft_cap is not None or spec.sinks:
-            return "it has no soft cap and no sinks"
-        return super().supports(spec)
+        return super().supports(spec) or problem()
 
-    def prepare(self, batch: AttentionBatch, out: Any = None) -> CpuMeta:
+    def state_shapes(self) -> tuple[TensorShape, ...]:
+        """See `AttentionBackend.state_shapes`."""
+        keys, values = super().state_shapes()
+        heads, block_tokens, dim = keys.shape
+        return TensorShape((heads, dim, block_tokens), keys.dtype), values
+
+    def prepare(self, batch: AttentionBatch, out: Any = None) -> PagedMeta:
         """See `AttentionBackend.prepare`."""
-        counts = np.diff(batch.query_starts_host)
-        return CpuMeta(batch, split_slots(batch, self.spec.block_tokens), self._decode_rows(batch, np.flatnonzero(counts == 1)),
-                       np.flatnonzero(counts > 1).tolist())
+        batch.block_table = batch.block_table.contiguous()
+        return super().prepare(batch, out)
 
-    def _decode_rows(self, batch: AttentionBatch, rows: np.ndarray[Any, Any]) -> list[DecodeRows]:
-        """Group rows by the power of two above their context, so that short ones do not read as much as the longest."""
-        buckets: dict[int, list[int]] = {}
-        for row in rows.tolist():
-            buckets.setdefault(int(batch.context_tokens_host[row]).bit_length(), []).append(row)
-        found = []
-        for members in buckets.values():
-            index = torch.tensor(members)
-            columns = -(-int(batch.context_tokens_host[members].max()) // self.spec.block_tokens)
-            contexts = batch.context_tokens[index]
-            found.append(DecodeRows(batch.query_starts[index].long(), batch.block_table[index, :columns], contexts,
-                                    decode_mask(contexts, columns, self.spec.block_tokens, self.scores)))
-        return found
+    def write(self, k: Tensor, v: Tensor, cache: LayerCache, meta: PagedMeta) -> None:
+        """See `AttentionBackend.write`."""
+        keys, values = cache.tensors
+        keys[meta.block, :, :, meta.offset] = k
+        values[meta.block, :, meta.offset] = v
 
-    def slots(self, meta: Any) -> tuple[Tensor, Tensor]:
-        """See `PagedAttention.slots`."""
-        return meta.slots
-
-    def attend(self, q: Tensor, cache: LayerCache, meta: Any, out: Tensor, sinks: Tensor | None = None) -> Tensor:
+    def attend(self, q: Tensor, cache: LayerCache, meta: PagedMeta, out: Tensor, sinks: Tensor | None = None) -> Tensor:
         """See `AttentionBackend.attend`."""
-        for rows in meta.decodes:
-            out[rows.tokens] = paged_decode(q[rows.tokens], *cache.tensors, rows.block_table, rows.context_tokens, rows.mask,
-                                            self.scores)
         batch = meta.batch
-        for r in meta.prompts:
-            start, stop = batch.query_starts_host[r], batch.query_starts_host[r + 1]
-            out[start:stop] = paged_attention_reference(
-                q[start:stop], *cache.tensors, batch.block_table[r:r + 1], np.array([0, stop - start]),
-                batch.context_tokens_host[r:r + 1], self.scores)
-        return out
+        k_cache, v_cache = cache.tensors
+        return paged_attention(_heads_together(q), k_cache, v_cache, batch.block_table, batch.query_starts, batch.context_tokens,
+                               self.scores, out, sinks)
+
+    def norm_rope_write(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, meta: PagedMeta, cos_sin: Tensor,
+                        positions: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> bool:
+        """See `AttentionBackend.norm_rope_write`."""
+        if not all(_is_together(x) for x in (q, k, v)):
+            return False
+        k_cache, v_cache = cache.tensors
+        norm_rope_write(q, k, v, k_cache, v_cache, meta.batch.slots, cos_sin, positions, q_norm, k_norm, eps)
+        return True
+
+
+def _is_together(x: Tensor) -> bool:
+    """Whether a token's heads ``[heads, D]`` lie one after the other."""
+    return x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2])
+
+
+def _heads_together(x: Tensor) -> Tensor:
+    return x if _is_together(x) else x.contiguous()

@@ -1,8 +1,8 @@
-"""What backends over ``[N, Hk, B, D]`` caches share: shapes, writing, and what they do not serve."""
+"""What backends over a paged cache of keys and values share: shapes, writing, and what they do not serve."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -11,8 +11,17 @@ from kvloom.interfaces import AttentionBackend, AttentionBatch, AttentionSpec, L
 from kvloom_kernels.attention import Scores
 
 
+@dataclass(slots=True)
+class PagedMeta:
+    """A step's rows, and block and offset of each of its tokens, ``[T]`` int64 each."""
+
+    batch: AttentionBatch
+    block: Tensor
+    offset: Tensor
+
+
 class PagedAttention(AttentionBackend):
-    """Keys and values in blocks, head by head."""
+    """Keys ``[N, Hk, B, D]`` and values ``[N, Hk, B, Dv]`` in blocks, head by head."""
 
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__(spec)
@@ -33,17 +42,11 @@ class PagedAttention(AttentionBackend):
         return (TensorShape((s.num_kv_heads, s.block_tokens, s.head_dim), s.cache_dtype),
                 TensorShape((s.num_kv_heads, s.block_tokens, s.value_dim), s.cache_dtype))
 
-    def write(self, k: Tensor, v: Tensor, cache: LayerCache, meta: Any) -> None:
+    def prepare(self, batch: AttentionBatch, out: Any = None) -> PagedMeta:
+        """See `AttentionBackend.prepare`."""
+        return PagedMeta(batch, batch.slots // self.spec.block_tokens, batch.slots % self.spec.block_tokens)
+
+    def write(self, k: Tensor, v: Tensor, cache: LayerCache, meta: PagedMeta) -> None:
         """See `AttentionBackend.write`."""
-        block, offset = self.slots(meta)
         for new, kept in ((k, cache.tensors[0]), (v, cache.tensors[1])):
-            kept[block, :, offset] = new
-
-    @abstractmethod
-    def slots(self, meta: Any) -> tuple[Tensor, Tensor]:
-        """Block and offset of each token, ``[T]`` each."""
-
-
-def split_slots(batch: AttentionBatch, block_tokens: int) -> tuple[Tensor, Tensor]:
-    """Block and offset of each token, ``[T]`` int64 each."""
-    return batch.slots // block_tokens, batch.slots % block_tokens
+            kept[meta.block, :, meta.offset] = new

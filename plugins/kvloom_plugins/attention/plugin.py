@@ -11,7 +11,8 @@ KVLOOM_API = {"attention_backends": 0}
 
 @hookimpl
 def kvloom_register_attention_backends(registry: Registrar) -> None:
-    """The CPU's own, and the plain reference."""
+    """The CPU's own kernels; torch, where there is no compiler for them; the plain reference."""
     registry.add("cpu", "kvloom_plugins.attention.cpu:CpuAttention",
-                 needs=Requirement(devices=("cpu",), dtypes=("float32", "bfloat16", "float16")))
+                 needs=Requirement(devices=("cpu",), dtypes=("float32", "bfloat16")))
+    registry.add("torch", "kvloom_plugins.attention.torch_batched:TorchAttention")
     registry.add("reference", "kvloom_plugins.attention.reference:ReferenceAttention")

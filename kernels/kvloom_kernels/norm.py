@@ -1,0 +1,41 @@
+"""Root mean square normalisation, with the addition to the residual stream that comes before it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvloom_kernels.call import is_native, pointer
+from kvloom_kernels.native import library
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x [..., W] / sqrt(mean(x^2) + eps) * weight [W]``: the mean in float32, the quotient rounded before it is multiplied."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `rms_norm_reference`."""
+    if not (x.is_contiguous() and is_native(x, weight)):
+        return rms_norm_reference(x, weight, eps)
+    out = torch.empty_like(x)
+    _call(x, None, weight, None, out, eps)
+    return out
+
+
+def rms_norm_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``(norm(residual + x), residual + x)``; all ``[T, W]``."""
+    if not (x.is_contiguous() and residual.is_contiguous() and is_native(x, residual, weight)):
+        stream = residual + x
+        return rms_norm_reference(stream, weight, eps), stream
+    out, stream = torch.empty_like(x), torch.empty_like(x)
+    _call(x, residual, weight, stream, out, eps)
+    return out, stream
+
+
+def _call(x: Tensor, residual: Tensor | None, weight: Tensor, stream: Tensor | None, out: Tensor, eps: float) -> None:
+    width = x.shape[-1]
+    library().kvloom_rms_norm(pointer(x), pointer(residual), pointer(weight), pointer(stream), pointer(out), x.numel() // width, width,
+                              eps, x.dtype is torch.bfloat16, torch.get_num_threads())
