@@ -24,11 +24,13 @@ COMPILE_TIMEOUT_S = 120
 _P, _I, _F, _B = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 SIGNATURES = {
     "kvloom_attend": (_P, _I, _P, _P, _P, _I, _P, _P, _I, _I, _I, _I, _I, _I, _I, _F, _F, _B, _P, _P, _B, _B),
+    "kvloom_has_linear": (),
+    "kvloom_linear": (_P, _P, _P, _P, _I, _I, _I, _B),
     "kvloom_rms_norm": (_P, _P, _P, _P, _P, _I, _I, _F, _B, _B),
     "kvloom_silu_mul": (_P, _P, _I, _I, _B, _B),
     "kvloom_norm_rope_write": (_P, _I, _I, _P, _I, _P, _I, _I, _I, _I, _I, _P, _P, _I, _P, _P, _F, _P, _P, _P, _I, _B, _B),
 }
-"""Argument types of each function, as its C++ file declares them; none returns anything."""
+"""Argument types of each function, as its C++ file declares them; those called "has" return 0 or 1, the others nothing."""
 
 
 class NativeUnavailableError(Exception):
@@ -41,7 +43,8 @@ def _load() -> ctypes.CDLL | NativeUnavailableError:
         loaded = ctypes.CDLL(str(_compiled()))
         for name, types in SIGNATURES.items():
             function = getattr(loaded, name)
-            function.argtypes, function.restype = types, None
+            function.argtypes = types
+            function.restype = _B if "_has_" in name else None
         return loaded
     except NativeUnavailableError as error:
         return error

@@ -66,7 +66,7 @@ template <class T> inline void store_n(T* p, f32x16 x, int n) {
     std::memcpy(p, part, n * sizeof(T));
 }
 
-template <class T> inline float load1(const T* p) { return load_n<T>(p, 1)[0]; }
+template <class T> float load1(const T* p);
 template <> inline float load1<float>(const float* p) { return *p; }
 template <> inline float load1<bf16>(const bf16* p) {
     uint32_t bits = uint32_t(p->bits) << 16;
@@ -74,7 +74,12 @@ template <> inline float load1<bf16>(const bf16* p) {
     std::memcpy(&out, &bits, sizeof out);
     return out;
 }
-template <class T> inline void store1(T* p, float x) { store_n<T>(p, splat(x), 1); }
+
+inline uint16_t narrow1(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return x != x ? uint16_t((bits >> 16) | 0x40) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
 
 inline float sum(f32x16 x) {
     float total = 0;
