@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+# Tiny models: a second thread costs more than it gives, and on a busy machine very much more. Set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 
@@ -17,3 +23,46 @@ def shared_dir() -> Path:
     if not where.is_dir():
         pytest.skip("needs the shared data folder: put it beside the checkout or set KVLOOM_SHARED")
     return where
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers with a byte-level tokenizer."""
+    from kvloom.testing.checkpoints import make_checkpoint
+
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "small")
+
+
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Install a made-up distribution: ``install("acme", {"acme-models": source, ...}, version="1.0")``.
+
+    Each plugin is a module ``{distribution}_{n}`` with the given source, declared as an entry point of the group kvloom.
+    """
+    site = tmp_path / "site"
+    site.mkdir()
+    before = set(sys.modules)
+    installed: list[str] = []
+
+    def make(distribution: str, plugins: dict[str, str], version: str = "1.0", first: bool = False) -> None:
+        place = tmp_path / f"site-{len(installed)}" if first else site
+        place.mkdir(exist_ok=True)
+        monkeypatch.syspath_prepend(str(place))
+        info = place / f"{distribution}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+        lines = ["[kvloom]"]
+        for i, (name, source) in enumerate(plugins.items()):
+            module = f"{distribution}_{i}"
+            (place / f"{module}.py").write_text(source)
+            lines.append(f"{name} = {module}")
+        (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+        installed.append(distribution)
+
+    yield make
+    for name in set(sys.modules) - before:
+        if name.rpartition("_")[0] in installed:
+            del sys.modules[name]

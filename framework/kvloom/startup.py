@@ -13,6 +13,7 @@ from kvloom.interfaces import Executor, Worker, WorkerReport
 from kvloom.logs import get_logger
 from kvloom.running import RequestRules, RunningEngine
 from kvloom.start_report import PhaseTimer, StartReport
+from kvloom.text.tokenizer import import_tokenizer, open_tokenizer
 
 
 def load_config_plugins(config: EngineConfig) -> PluginSet:
@@ -33,12 +34,12 @@ def start_engine(config: EngineConfig) -> RunningEngine:
         plugins = load_config_plugins(config)
     with timer.phase("import torch"):
         from kvloom.runtime import builder, worker
-    from kvloom.text.tokenizer import open_tokenizer
-
+    with timer.phase("import tokenizer"):
+        tokenizer_class = import_tokenizer(config, plugins.registries["tokenizers"])
     with timer.phase("model files"):
         source = builder.open_source(config, plugins)
     with timer.phase("tokenizer"):
-        tokenizer = open_tokenizer(config, source.directory, plugins.registries["tokenizers"])
+        tokenizer = None if tokenizer_class is None else open_tokenizer(config, source.directory, tokenizer_class)
     policy = _component(plugins, "schedulers", "scheduling_policy", config.scheduler.scheduling_policy)()
     executor: Executor = _component(plugins, "executors", "distributed_executor_backend",
                                     config.device.distributed_executor_backend)()

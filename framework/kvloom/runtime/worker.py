@@ -19,6 +19,8 @@ from kvloom.runtime.kv_tensors import allocate
 from kvloom.runtime.memory import MemoryPlan, memory_needs, plan_memory
 from kvloom.runtime.runner import Runner
 from kvloom.runtime.weights import check_catalog, load_weights, wanted_infos, wanted_slots
+from kvloom_kernels import native
+from kvloom_kernels.linear import product_kind
 
 DEFAULT_SAMPLER = "default"
 
@@ -76,6 +78,8 @@ class DeviceWorker:
             MemoryPlanError: it does not fit.
             CheckpointError: the files do not hold what the model needs.
         """
+        began = time.perf_counter()
+        kernels = _kernels_note()
         started = time.perf_counter()
         self._plan, _ = plan_model(self._config, self._plugins, self._source)
         self._plan.check()
@@ -84,10 +88,10 @@ class DeviceWorker:
         loaded = load_weights(built.model, make_loader(self._config, self._plugins), self._source.directory)
         self._built = built
         done = time.perf_counter()
-        notes = (*built.notes, f"weights: {loaded.num_tensors} tensors, {loaded.size_bytes} bytes",
+        notes = (kernels, *built.notes, f"weights: {loaded.num_tensors} tensors, {loaded.size_bytes} bytes",
                  *([f"ignored tensors: {', '.join(loaded.ignored)}"] if loaded.ignored else []))
         return WorkerReport(self.rank, self._plan.needs.groups, self._plan.num_blocks, self._plugins.manifest.hash,
-                            (("memory plan", planned - started), ("weights", done - planned)), notes)
+                            (("kernels", started - began), ("memory plan", planned - started), ("weights", done - planned)), notes)
 
     def allocate(self, num_blocks: int) -> None:
         """See `Worker.allocate`."""
@@ -115,6 +119,12 @@ class DeviceWorker:
         if self._built is None:
             raise InternalError("the worker has not loaded its model yet")
         return self._built
+
+
+def _kernels_note() -> str:
+    """Compile or load the C++ kernels; what the start report says about them."""
+    reason = native.problem()
+    return f"kernels: {'C++' if reason is None else f'torch ({reason})'}; bfloat16 products: {product_kind()}"
 
 
 def worker_plan(worker: Any) -> MemoryPlan:

@@ -11,24 +11,28 @@ from kvloom.hooks.registry import Registry
 from kvloom.interfaces.tokenizer import Tokenizer
 
 
-def open_tokenizer(config: EngineConfig, model_dir: Path, registry: Registry[Tokenizer]) -> Tokenizer | None:
-    """The tokenizer, None with ``skip_tokenizer_init``.
-
-    Args:
-        model_dir: the checkpoint's directory: the tokenizer is there unless `tokenizer` names another place.
-
-    Raises:
-        ConfigError: a ``tokenizer_mode`` that nobody registered.
-        ModelError: there is no usable tokenizer in the directory.
-    """
+def import_tokenizer(config: EngineConfig, registry: Registry[Tokenizer]) -> type[Tokenizer] | None:
+    """The class that ``tokenizer_mode`` names, None with ``skip_tokenizer_init``. Raises `ConfigError` when nobody registered it."""
     m = config.model
     if m.skip_tokenizer_init:
         return None
     try:
-        entry = registry.resolve(m.tokenizer_mode)
+        return registry.resolve(m.tokenizer_mode).load()
     except NotRegisteredError as error:
         raise ConfigError(f"Unknown tokenizer mode {m.tokenizer_mode!r}: {error}") from error
+
+
+def open_tokenizer(config: EngineConfig, model_dir: Path, tokenizer: type[Tokenizer]) -> Tokenizer:
+    """Load the tokenizer.
+
+    Args:
+        model_dir: the checkpoint's directory: the tokenizer is there unless the configuration names another place.
+
+    Raises:
+        ModelError: there is no usable tokenizer in the directory.
+    """
+    m = config.model
     directory = model_dir
     if m.tokenizer is not None or m.tokenizer_revision not in (None, m.revision):
         directory = resolve_model_dir(m.tokenizer or m.model, m.tokenizer_revision or m.revision, m.download_dir, m.hf_token)
-    return entry.load()(directory, trust_remote_code=m.trust_remote_code)
+    return tokenizer(directory, trust_remote_code=m.trust_remote_code)

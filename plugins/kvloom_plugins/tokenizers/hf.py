@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import transformers
+
 from kvloom.errors import ModelError
 from kvloom.interfaces import Tokenizer
 
@@ -18,8 +20,6 @@ class AutoTokenizer(Tokenizer):
     use_fast: ClassVar[bool] = True
 
     def __init__(self, directory: Path, *, trust_remote_code: bool = False) -> None:
-        import transformers
-
         try:
             self._hf = transformers.AutoTokenizer.from_pretrained(
                 str(directory), use_fast=self.use_fast, trust_remote_code=False, local_files_only=True,
