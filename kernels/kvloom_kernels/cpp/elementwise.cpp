@@ -46,9 +46,10 @@ template <class T> void silu_mul(const T* gate_up, T* out, int64_t rows, int64_t
             int left = int(width - i);
             f32x16 g = load_n<T>(gate + i, left);
             f32x16 negative = -g;
-            negative = negative > 88.0f ? splat(88.0f) : negative;
+            f32x16 power = exponential(negative > 88.0f ? splat(88.0f) : negative);
+            power = negative > 88.0f ? splat(INFINITY) : power;
             T rounded[LANES];
-            store<T>(rounded, g / (1.0f + exponential(negative)));
+            store<T>(rounded, g / (1.0f + power));
             store_n<T>(out + r * width + i, load<T>(rounded) * load_n<T>(up + i, left), left);
         }
     }

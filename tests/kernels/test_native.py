@@ -1,0 +1,68 @@
+"""Compiled kernels come from a private folder, and without a compiler everything runs in torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvloom_kernels import native
+
+CODE = "from kvloom_kernels import native; print(native.problem())"
+
+
+def problem_with(**variables: str) -> str:
+    done = subprocess.run([sys.executable, "-c", CODE], env={**os.environ, **variables}, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+needs_compiler = pytest.mark.skipif(native.problem() is not None, reason=f"the C++ kernels are not there: {native.problem()}")
+
+
+@needs_compiler
+def test_a_fresh_cache_is_made_private_and_used_again(tmp_path: Path) -> None:
+    assert problem_with(XDG_CACHE_HOME=str(tmp_path)) == "None"
+    folder = tmp_path / "kvloom/kernels"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    made = list(folder.iterdir())
+    assert len(made) == 1
+    written = made[0].stat().st_mtime_ns
+    assert problem_with(XDG_CACHE_HOME=str(tmp_path)) == "None"
+    assert [p.stat().st_mtime_ns for p in folder.iterdir()] == [written]
+
+
+def test_a_folder_that_others_can_write_to_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "kvloom/kernels"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    assert "closed to others" in problem_with(XDG_CACHE_HOME=str(tmp_path), PATH=os.environ["PATH"])
+
+
+def test_no_compiler_is_said_so(tmp_path: Path) -> None:
+    assert "no C++ compiler" in problem_with(XDG_CACHE_HOME=str(tmp_path), PATH=str(tmp_path))
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
+    fake = tmp_path / "g++"
+    fake.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo 1.0 && exit 0\necho cannot compile >&2\nexit 1\n")
+    fake.chmod(0o755)
+    assert "cannot compile" in problem_with(XDG_CACHE_HOME=str(tmp_path / "cache"), PATH=f"{tmp_path}:{os.environ['PATH']}")
+
+
+def test_without_a_compiler_the_engine_runs_in_torch_and_says_why(small_checkpoint: Path, tmp_path: Path) -> None:
+    code = f"""
+from kvloom import LLM, SamplingParams
+llm = LLM({str(small_checkpoint)!r}, dtype="float32")
+print(llm.generate([[1, 2, 3], list(range(40))], SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)[1].outputs[0].token_ids)
+print(llm.llm_engine.report.text())
+"""
+    outputs = []
+    for path in (os.environ["PATH"], str(tmp_path)):
+        done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PATH": path, "XDG_CACHE_HOME": str(tmp_path / path[-3:])},
+                              capture_output=True, text=True, check=True)
+        outputs.append(done.stdout.split("\n", 1))
+    assert outputs[0][0] == outputs[1][0]
+    assert "attention backend: torch (refused: cpu: no C++ compiler was found" in outputs[1][1]
