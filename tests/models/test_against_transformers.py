@@ -1,0 +1,134 @@
+"""Every architecture gives transformers' tokens and logits, however its work is cut up, cached or interrupted."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from variants import VARIANTS, make
+
+from kvloom import LLM, RequestOutput, SamplingParams
+from kvloom.prompts import parse_prompts
+
+OUTPUT_TOKENS, BATCHES, CANDIDATES = 64, (1, 8, 33), 48
+SMALLEST_GAP, LOGIT_TOLERANCE = 1e-3, 1e-4
+GREEDY = SamplingParams(temperature=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
+
+
+@dataclass
+class Truth:
+    """Prompts with the tokens and logits that transformers gives for them."""
+
+    directory: Path
+    prompts: list[list[int]]
+    outputs: list[list[int]]
+    logits: list[torch.Tensor]
+
+
+def engine(directory: Path, **values) -> LLM:
+    """`max_model_len` is the trained context: dynamic scaling is computed once for it, and compared within it."""
+    return LLM(str(directory), skip_tokenizer_init=True, dtype="float32", max_model_len=256, **values)
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def truth(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Truth:
+    """One engine's tokens are only proposals: transformers, given each prefix, must choose the same token by a clear gap.
+
+    That is its greedy path, computed in one forward a prompt.
+    """
+    directory = tmp_path_factory.mktemp(request.param)
+    model = make(request.param, directory)
+    numbers = random.Random(request.param)
+    lengths = [1, 2, 15, 16, 17, 31, 33, 48, 64, 65, 100]
+    prompts = [[numbers.randrange(101) for _ in range(lengths[i] if i < len(lengths) else numbers.randint(1, 90))]
+               for i in range(CANDIDATES)]
+    with engine(directory) as llm:
+        outputs = [list(o.outputs[0].token_ids) for o in llm.generate(prompts, GREEDY, use_tqdm=False)]
+    found = Truth(directory, [], [], [])
+    for prompt, output in zip(prompts, outputs, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1:-1]
+        best = logits.topk(2).values
+        if (best[:, 0] - best[:, 1]).min() > SMALLEST_GAP:  # else rounding decides, which proves nothing
+            assert output == logits.argmax(-1).tolist()
+            found.prompts.append(prompt)
+            found.outputs.append(output)
+            found.logits.append(logits)
+    assert len(found.prompts) >= max(BATCHES)
+    return found
+
+
+def drive(llm: LLM, prompts: list[list[int]], *, preempt: bool) -> list[RequestOutput]:
+    """Like `LLM.generate`; with `preempt` every request has to give way once, at different times."""
+    running = llm.llm_engine
+    places = running.admit(parse_prompts(prompts), [GREEDY.clone() for _ in prompts], [0] * len(prompts))
+    waiting_for = dict(enumerate(places, start=3)) if preempt else {}
+    outputs: list[RequestOutput] = [None] * len(prompts)
+    count = 0
+    while running.has_work:
+        count += 1
+        for when, sequence_id in list(waiting_for.items()):
+            if count >= when and running.engine.scheduler.preempt(sequence_id):
+                del waiting_for[when]
+        for sequence_id, output in running.step():
+            outputs[places[sequence_id]] = output
+    return outputs
+
+
+def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
+    return [list(o.outputs[0].token_ids) for o in outputs]
+
+
+@pytest.mark.parametrize("most_tokens", [16, 64, 0], ids=lambda n: f"at-most-{n or 'any'}")
+def test_tokens_over_batches_chunks_caches_and_preemptions(truth: Truth, most_tokens: int) -> None:
+    with engine(truth.directory, long_prefill_token_threshold=most_tokens) as llm:
+        for batch in BATCHES:
+            prompts, expected = truth.prompts[:batch], truth.outputs[:batch]
+            for preempt in (False, True):
+                for warm in (False, True):
+                    if not warm:
+                        assert llm.reset_prefix_cache()
+                    outputs = drive(llm, prompts, preempt=preempt)
+                    assert tokens(outputs) == expected, f"{batch=} {preempt=} {warm=}"
+                    assert all((o.metrics.num_preemptions >= 1) == preempt for o in outputs)
+                    hits = [o.num_cached_tokens for o in outputs if len(o.prompt_token_ids) > 16]
+                    assert all(hits) == warm or not hits
+
+
+def test_a_pool_too_small_for_all_makes_requests_give_way(truth: Truth) -> None:
+    with engine(truth.directory, num_gpu_blocks_override=64) as llm:
+        outputs = llm.generate(truth.prompts[:33], GREEDY, use_tqdm=False)
+        assert tokens(outputs) == truth.outputs[:33]
+        assert sum(o.metrics.num_preemptions for o in outputs) >= 1
+
+
+class LogitsRecorder:
+    """Stands in for a model's `logits` and keeps what it gave."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def install(self, model: torch.nn.Module) -> None:
+        original: Callable = model.logits
+
+        def record(hidden: torch.Tensor, ctx: object) -> torch.Tensor:
+            logits = original(hidden, ctx)
+            self.seen.append(logits.clone())
+            return logits
+
+        model.logits = record
+
+
+@pytest.mark.parametrize(("backend", "most_tokens"), [("cpu", 0), ("cpu", 16), ("torch", 0), ("reference", 16)])
+def test_logits(truth: Truth, backend: str, most_tokens: int) -> None:
+    with engine(truth.directory, long_prefill_token_threshold=most_tokens, attention_backend=backend) as llm:
+        recorder = LogitsRecorder()
+        llm.apply_model(recorder.install)
+        for prompt, expected in list(zip(truth.prompts, truth.logits, strict=True))[:4]:
+            recorder.seen.clear()
+            llm.generate([prompt], GREEDY, use_tqdm=False)
+            torch.testing.assert_close(torch.cat(recorder.seen), expected, atol=LOGIT_TOLERANCE, rtol=0)
