@@ -7,7 +7,6 @@ works on its own copy. No NaN, no infinity, no bool where a number belongs.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from enum import IntEnum
@@ -31,27 +30,34 @@ class RequestOutputKind(IntEnum):
     FINAL_ONLY = 2
 
 
+def shown(value: object) -> str:
+    """`value` for a message: bounded, whatever a request sends. (Python refuses to print an int of more than 4300 digits.)"""
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def check_number(name: str, value: object, low: float, high: float, *, above_low: bool = False) -> float:
     """A finite number in [low, high] ((low, high] with `above_low`), else `RequestValidationError`."""
-    in_range = (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-                and low <= value <= high and not (above_low and value == low))
-    if not in_range:
-        opening = "(" if above_low else "["
-        raise RequestValidationError(f"{name} must be a finite number in {opening}{low}, {high}], got {value!r}", name, value)
-    return float(value)  # type: ignore[arg-type]  # isinstance above
+    # NaN fails every comparison, and an int may be too large for a float.
+    if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high and not (above_low and value == low):
+        return float(value)
+    opening = "(" if above_low else "["
+    raise RequestValidationError(f"{name} must be a finite number in {opening}{low}, {high}], got {shown(value)}", name, value)
 
 
 def check_int(name: str, value: object, low: int, high: int = 2**31 - 1) -> int:
     """An int (no bool) in [low, high], else `RequestValidationError`."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise RequestValidationError(f"{name} must be an integer in [{low}, {high}], got {value!r}", name, value)
+        raise RequestValidationError(f"{name} must be an integer in [{low}, {high}], got {shown(value)}", name, value)
     return value
 
 
 def check_bool(name: str, value: object) -> bool:
     """True or False, else `RequestValidationError`."""
     if not isinstance(value, bool):
-        raise RequestValidationError(f"{name} must be True or False, got {value!r}", name, value)
+        raise RequestValidationError(f"{name} must be True or False, got {shown(value)}", name, value)
     return value
 
 
@@ -125,7 +131,7 @@ class SamplingParams:
             check_bool(name, getattr(self, name))
         if self.stop_token_ids is not None:
             if not isinstance(self.stop_token_ids, list | tuple):
-                raise RequestValidationError(f"stop_token_ids must be a list of integers, got {self.stop_token_ids!r}",
+                raise RequestValidationError(f"stop_token_ids must be a list of integers, got {shown(self.stop_token_ids)}",
                                              "stop_token_ids", self.stop_token_ids)
             self.stop_token_ids = [check_int("stop_token_ids", i, 0) for i in self.stop_token_ids]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict
 
 from kvloom.errors import RequestTypeError, RequestValidationError, UnsupportedFeatureError
+from kvloom.params import shown
 
 FORMS = "a text, a list of token ids, {'prompt': text}, {'prompt_token_ids': [...]}, or a list of these"
 LATER_KEYS = ("multi_modal_data", "mm_processor_kwargs", "token_type_ids", "prompt_embeds", "cache_salt", "multi_modal_uuids",
@@ -95,5 +96,5 @@ def check_token_ids(token_ids: Sequence[int], vocab_size: int) -> None:
     if min(token_ids) >= 0 and max(token_ids) < vocab_size:
         return
     bad = next(i for i in token_ids if not 0 <= i < vocab_size)
-    raise RequestValidationError(f"Token id {bad} is out of vocabulary: ids of this model are 0 to {vocab_size - 1}",
+    raise RequestValidationError(f"Token id {shown(bad)} is out of vocabulary: ids of this model are 0 to {vocab_size - 1}",
                                  "prompt_token_ids", bad)

@@ -31,11 +31,12 @@ def test_every_field_takes_a_sound_value_or_refuses_it_by_name(name: str, value:
     assert params == params.clone()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1, "1", True, None, 10**400])
+@pytest.mark.parametrize("value", ids=lambda v: type(v).__name__, argvalues=[float("nan"), float("inf"), -0.1, "1", True, None, 10**400, 10**5000])
 def test_a_wrong_temperature_is_refused(value: object) -> None:
     with pytest.raises(RequestValidationError) as caught:
         SamplingParams(temperature=value)
-    assert (caught.value.parameter, str(caught.value.value)) == ("temperature", str(value))
+    assert caught.value.parameter == "temperature"
+    assert caught.value.value is value
 
 
 @pytest.mark.parametrize(("given_value", "kept"), [(0, 0), (1e-6, 1e-6), (0.001, 0.01), (0.5, 0.5)])

@@ -26,8 +26,9 @@ class AutoTokenizer(Tokenizer):
                 clean_up_tokenization_spaces=False)
         except Exception as error:
             found = ", ".join(f for f in FILES if (directory / f).exists()) or "none of them"
+            reason = " ".join(str(error).split())[:300]
             raise ModelError(f"no tokenizer can be loaded from {directory} (looked for {', '.join(FILES)}; found {found}): "
-                             f"{type(error).__name__}: {' '.join(str(error).split())[:300]}. Give tokenizer=..., or skip_tokenizer_init=True and token "
+                             f"{type(error).__name__}: {reason}. Give tokenizer=..., or skip_tokenizer_init=True and token "
                              "prompts") from error
         self._special = frozenset(self._hf.all_special_ids)
 
