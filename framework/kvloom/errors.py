@@ -31,6 +31,14 @@ from __future__ import annotations
 from typing import Any
 
 
+def shown(value: object) -> str:
+    """`value` for a message: bounded, whatever a request sends. (Python refuses to print an int of more than 4300 digits.)"""
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 class KvloomError(Exception):
     """Base of everything that kvloom raises on purpose."""
 
@@ -53,7 +61,7 @@ class UnsupportedFeatureError(ConfigError):
     """
 
     def __init__(self, parameter: str, value: object, works: str) -> None:
-        super().__init__(f"{parameter}={value!r} is not supported so far; {works}")
+        super().__init__(f"{parameter}={shown(value)} is not supported so far; {works}")
         self.parameter, self.value, self.works = parameter, value, works
 
 

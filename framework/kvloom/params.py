@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, fields
 from enum import IntEnum
 from typing import Any
 
-from kvloom.errors import RequestValidationError, UnsupportedFeatureError
+from kvloom.errors import RequestValidationError, UnsupportedFeatureError, shown
 
 MAX_SEQUENCES_PER_REQUEST = 16384
 """Bound of n."""
@@ -28,14 +28,6 @@ class RequestOutputKind(IntEnum):
     CUMULATIVE = 0
     DELTA = 1
     FINAL_ONLY = 2
-
-
-def shown(value: object) -> str:
-    """`value` for a message: bounded, whatever a request sends. (Python refuses to print an int of more than 4300 digits.)"""
-    if isinstance(value, int) and value.bit_length() > 1000:
-        return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def check_number(name: str, value: object, low: float, high: float, *, above_low: bool = False) -> float:

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict
 
-from kvloom.errors import RequestTypeError, RequestValidationError, UnsupportedFeatureError
-from kvloom.params import shown
+from kvloom.errors import RequestTypeError, RequestValidationError, UnsupportedFeatureError, shown
 
 FORMS = "a text, a list of token ids, {'prompt': text}, {'prompt_token_ids': [...]}, or a list of these"
 LATER_KEYS = ("multi_modal_data", "mm_processor_kwargs", "token_type_ids", "prompt_embeds", "cache_salt", "multi_modal_uuids",
