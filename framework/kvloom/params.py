@@ -109,7 +109,7 @@ class SamplingParams:
     def validate(self) -> None:
         """Check every field; normalise seed and temperature. Called at construction and at admission."""
         for f in fields(self):
-            if f.name in _UNSUPPORTED and not _is_default(f.default, getattr(self, f.name)):
+            if f.name in UNSUPPORTED_SAMPLING and not _is_default(f.default, getattr(self, f.name)):
                 raise UnsupportedFeatureError(f.name, getattr(self, f.name), f"leave it at {f.default!r}")
         self.temperature = check_number("temperature", self.temperature, 0.0, 1e6)
         if GREEDY_BELOW <= self.temperature < MIN_TEMPERATURE:
@@ -137,7 +137,7 @@ class SamplingParams:
         return copy.deepcopy(self)
 
 
-_UNSUPPORTED = frozenset({
+UNSUPPORTED_SAMPLING = frozenset({
     "n", "best_of", "presence_penalty", "frequency_penalty", "repetition_penalty", "top_p", "top_k", "min_p", "stop", "bad_words",
     "min_tokens", "logprobs", "prompt_logprobs", "spaces_between_special_tokens", "logits_processors",
     "include_stop_str_in_output", "truncate_prompt_tokens", "guided_decoding", "logit_bias", "allowed_token_ids", "extra_args",
