@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from kvloom.errors import ConfigError
 from kvloom.interfaces.quant import EmbeddingMethod, LinearMethod, LinearShape, ParamSpec, QuantMethod
+from kvloom.layers.base import dtype_name
 from kvloom_kernels.linear import linear
 
 
@@ -18,7 +19,7 @@ class PlainLinear(LinearMethod):
     """``weight [out, in]`` in the model's dtype."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = str(dtype).removeprefix("torch.")
+        self._dtype = dtype_name(dtype)
 
     def params(self, shape: LinearShape, shard: str | None) -> Mapping[str, ParamSpec]:
         """See `LinearMethod`."""
@@ -42,7 +43,7 @@ class PlainEmbedding(EmbeddingMethod):
     """``weight [V, H]`` in the model's dtype."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = str(dtype).removeprefix("torch.")
+        self._dtype = dtype_name(dtype)
 
     def params(self, rows: int, width: int) -> Mapping[str, ParamSpec]:
         """See `EmbeddingMethod`."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from kvloom.config import EngineConfig
 from kvloom.core import Engine, Scheduler, root_digest
-from kvloom.errors import ConfigError, NotRegisteredError
+from kvloom.errors import ConfigError, ManifestMismatchError, NotRegisteredError
 from kvloom.hooks.loader import PluginSet, load_plugins
 from kvloom.interfaces import Executor, Worker, WorkerReport
 from kvloom.logs import get_logger
@@ -33,6 +33,7 @@ def start_engine(config: EngineConfig) -> RunningEngine:
     with timer.phase("plugins"):
         plugins = load_config_plugins(config)
     with timer.phase("import torch"):
+        from kvloom.layers.base import dtype_name
         from kvloom.runtime import builder, worker
     with timer.phase("import tokenizer"):
         tokenizer_class = import_tokenizer(config, plugins.registries["tokenizers"])
@@ -49,6 +50,8 @@ def start_engine(config: EngineConfig) -> RunningEngine:
 
     try:
         report = executor.start(make_worker, 1)[0]
+        if report.manifest_hash != plugins.manifest.hash:
+            raise ManifestMismatchError(f"worker {report.rank} resolved other plugins than the engine; use one installation for both")
         with timer.phase("KV cache"):
             executor.allocate(report.num_blocks)
         plan = executor.call(worker.worker_plan)[0]
@@ -59,7 +62,7 @@ def start_engine(config: EngineConfig) -> RunningEngine:
         rules = RequestRules.of(config.model.seed, source.config.vocab_size, source.end_token_ids, tokenizer,
                                 root_digest(str(source.directory)))
         running = RunningEngine(config, engine, executor, plugins, tokenizer, rules, plan,
-                                _report(timer, report, plugins, str(source.dtype).removeprefix("torch.")))
+                                _report(timer, report, plugins, dtype_name(source.dtype)))
     except BaseException:
         executor.close()
         raise
@@ -83,5 +86,7 @@ def _report(timer: PhaseTimer, report: WorkerReport, plugins: PluginSet, dtype: 
     import torch
 
     threads = f"threads: {torch.get_num_threads()}"
+    for note in report.notes:
+        get_logger().info("worker", note=note)
     phases: Mapping[str, float] = dict([*timer.phases, *report.timings_s])
     return StartReport(tuple(phases.items()), (f"dtype: {dtype}", threads, *report.notes, *plugins.notes))

@@ -373,3 +373,19 @@ def test_notes_without_effect_are_logged_once(small_checkpoint: Path, capsys) ->
 def test_an_unsupported_value_is_refused_before_anything_is_read() -> None:
     with pytest.raises(ConfigError, match="tensor_parallel_size=2 is not supported so far; use 1"):
         LLM("/nowhere", tensor_parallel_size=2)
+
+
+def test_a_hub_id_runs_offline_from_the_hubs_cache(tmp_path: Path) -> None:
+    """Two revisions in a cache as huggingface_hub lays it out; they differ in vocabulary."""
+    folder = tmp_path / "models--acme--tiny"
+    (folder / "refs").mkdir(parents=True)
+    for revision, vocab_size in (("main", 288), ("v2", 300)):
+        commit = f"{vocab_size:040x}"
+        make_checkpoint(folder / "snapshots" / commit, vocab_size=vocab_size)
+        (folder / "refs" / revision).write_text(commit)
+    for revision, vocab_size in ((None, 288), ("v2", 300)):
+        with LLM("acme/tiny", download_dir=str(tmp_path), revision=revision, dtype="float32") as llm:
+            assert len(token_ids(run(llm, [[vocab_size - 1]]))[0]) == 6
+            assert run(llm, "text")[0].prompt_token_ids[0] == BOS
+            with pytest.raises(RequestValidationError, match="out of vocabulary"):
+                run(llm, [[vocab_size]])

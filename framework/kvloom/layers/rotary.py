@@ -51,11 +51,12 @@ class Rotary(nn.Module):
                               f"{rope.partial_rotary_factor} must be even and positive")
         self._dtype = build.dtype
         frequencies, magnitude = rope_frequencies(rope, rotary_dim, max_position_embeddings, build.max_model_len)
-        # Sines are computed on the host whatever the device is, so that devices agree; on "meta" only the shape matters.
-        host = torch.device("meta" if build.device.type == "meta" else "cpu")
-        angles = torch.arange(build.max_model_len, dtype=torch.float32, device=host)[:, None] * frequencies.to(host)
-        table = torch.cat((angles.cos(), angles.sin()), dim=-1) * magnitude
-        self.register_buffer("table", table.to(build.device), persistent=False)
+        if build.device.type == "meta":  # only the shape matters; arithmetic there would make torch import 70 MB of modules
+            table = torch.empty((build.max_model_len, rotary_dim), device="meta")
+        else:  # on the host whatever the device is, so that devices agree
+            angles = torch.arange(build.max_model_len, dtype=torch.float32)[:, None] * frequencies
+            table = (torch.cat((angles.cos(), angles.sin()), dim=-1) * magnitude).to(build.device)
+        self.register_buffer("table", table, persistent=False)
 
     def forward(self, positions: Tensor) -> Rotation:
         """``positions [T]`` int64, all below ``max_model_len``."""

@@ -20,7 +20,9 @@ from kvloom.interfaces.comm import Comm
 from kvloom.interfaces.model import BuildContext, Model
 from kvloom.interfaces.model_config import ModelConfig
 from kvloom.interfaces.quant import QuantMethod
+from kvloom.layers.base import dtype_of
 from kvloom.runtime.choice import BackendChooser
+from kvloom_kernels.linear import product_kind
 from kvloom_kernels.requirement import Machine
 
 
@@ -121,20 +123,7 @@ def resolve_dtype(requested: str, checkpoint: str | None) -> torch.dtype:
     multiplies it natively, else in float32."""
     if requested != "auto":
         return dtype_of(requested)
-    return torch.bfloat16 if checkpoint == "bfloat16" or cpu_has_bfloat16() else torch.float32
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """A floating torch dtype by its name."""
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ConfigError(f"Unknown dtype {name!r}: use auto, float32, bfloat16 or float16")
-    return dtype
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 natively (AVX-512 BF16 or AMX; ARM is not checked)."""
-    return bool(torch.cpu._is_avx512_bf16_supported())
+    return torch.bfloat16 if checkpoint == "bfloat16" or product_kind() != "widened" else torch.float32
 
 
 def build_model(config: EngineConfig, plugins: PluginSet, source: ModelSource, device: torch.device, comm: Comm) -> BuiltModel:

@@ -2,6 +2,9 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
@@ -25,6 +28,9 @@ inline f32x16 widen(u16x16 bits) {
 
 // Round to nearest even; NaN stays NaN.
 inline u16x16 narrow(f32x16 x) {
+#ifdef __AVX512BF16__
+    return (u16x16)_mm512_cvtneps_pbh((__m512)x);
+#endif
     u32x16 bits;
     std::memcpy(&bits, &x, sizeof bits);
     u32x16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -51,6 +57,11 @@ template <> inline void store<bf16>(bf16* p, f32x16 x) {
     u16x16 bits = narrow(x);
     std::memcpy(p, &bits, sizeof bits);
 }
+
+// x as it is once it was stored as T.
+template <class T> f32x16 rounded(f32x16 x);
+template <> inline f32x16 rounded<float>(f32x16 x) { return x; }
+template <> inline f32x16 rounded<bf16>(f32x16 x) { return widen(narrow(x)); }
 
 // The first n lanes; the others are 0.
 template <class T> inline f32x16 load_n(const T* p, int n) {

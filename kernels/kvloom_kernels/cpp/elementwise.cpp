@@ -15,9 +15,7 @@ template <class T> inline void normalise(const T* x, const T* weight, T* out, in
     float factor = 1.0f / std::sqrt(sum(squares) / float(n) + eps);
     for (int64_t i = 0; i < n; i += LANES) {
         int left = int(n - i);
-        T rounded[LANES];
-        store<T>(rounded, load_n<T>(x + i, left) * factor);
-        store_n<T>(out + i, load<T>(rounded) * load_n<T>(weight + i, left), left);
+        store_n<T>(out + i, rounded<T>(load_n<T>(x + i, left) * factor) * load_n<T>(weight + i, left), left);
     }
 }
 
@@ -48,9 +46,7 @@ template <class T> void silu_mul(const T* gate_up, T* out, int64_t rows, int64_t
             f32x16 negative = -g;
             f32x16 power = exponential(negative > 88.0f ? splat(88.0f) : negative);
             power = negative > 88.0f ? splat(INFINITY) : power;
-            T rounded[LANES];
-            store<T>(rounded, g / (1.0f + power));
-            store_n<T>(out + r * width + i, load<T>(rounded) * load_n<T>(up + i, left), left);
+            store_n<T>(out + r * width + i, rounded<T>(g / (1.0f + power)) * load_n<T>(up + i, left), left);
         }
     }
 }
