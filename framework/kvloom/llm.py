@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -76,8 +77,7 @@ class LLM:
         compilation_config: Any = None,
         **kwargs: Any,
     ) -> None:
-        given = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
-        self._start(EngineConfig.from_kwargs(**given, **kwargs))
+        self._start(EngineConfig.from_kwargs(**_given(locals()), **kwargs))
 
     @classmethod
     def from_config(cls, path: str | Path, **overrides: Any) -> Self:
@@ -197,6 +197,13 @@ class LLM:
         finally:
             bar.close()
         return [_finished(o) for o in outputs]
+
+
+def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those constructor arguments that are not the defaults, so that `kvloom config show` and the log speak of what was given."""
+    parameters = inspect.signature(LLM.__init__).parameters
+    return {name: value for name, value in arguments.items()
+            if name in parameters and name not in ("self", "kwargs") and value is not parameters[name].default}
 
 
 def _priorities(count: int, given: int | Sequence[int] | None) -> list[int]:

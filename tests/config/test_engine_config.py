@@ -182,7 +182,8 @@ def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
         EngineConfig.from_file(write(tmp_path / "a.yaml", "model: m\nx: 1\n"))
 
 
-def test_a_secret_is_not_in_an_error_message() -> None:
+def test_a_secret_is_not_in_an_error_message_nor_in_the_configurations_text() -> None:
+    assert "very-secret" not in repr(EngineConfig.from_kwargs(model="m", hf_token="very-secret"))
     with pytest.raises(ConfigError) as caught:
         EngineConfig.from_kwargs(model="m", hf_token=["very-secret"])
     assert "very-secret" not in str(caught.value)

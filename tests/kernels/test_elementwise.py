@@ -86,6 +86,15 @@ def test_bfloat16_product(rows: int, out_features: int, in_features: int, biased
     torch.testing.assert_close(linear(x, weight, bias).double(), expected, rtol=2**-8, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["widened", "torch"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_bfloat16_products_without_our_kernel(monkeypatch: pytest.MonkeyPatch, kind: str, rows: int) -> None:
+    monkeypatch.setattr("kvloom_kernels.linear.product_kind", lambda: kind)
+    x, weight, bias = random(rows, 64, dtype=torch.bfloat16), random(24, 64, dtype=torch.bfloat16, seed=1), random(24, dtype=torch.bfloat16)
+    expected = linear_reference(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(linear(x, weight, bias).double(), expected, rtol=2**-7, atol=0.1)
+
+
 @pytest.mark.parametrize("rows", [3, 40])
 def test_products_of_other_shapes_and_dtypes_are_torchs(rows: int) -> None:
     x, weight = random(rows, 33), random(8, 33, seed=1)

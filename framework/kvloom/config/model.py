@@ -29,7 +29,7 @@ class ModelSection(Section):
     max_model_len: Annotated[int | None, Field(ge=2, description="longest sequence, tokens; None: what the model was made for")] = None
     load_format: Annotated[str, Field(description="auto, safetensors, dummy, or a plugin's name")] = "auto"
     download_dir: Annotated[str | None, Field(description="the hub's cache folder")] = None
-    hf_token: Annotated[bool | str | None, Field(description="for downloads; True: the stored one"), Secret()] = None
+    hf_token: Annotated[bool | str | None, Field(repr=False, description="for downloads; True: the stored one"), Secret()] = None
     hf_overrides: Annotated[dict[str, Any] | None, Field(description="keys set on config.json; a function is not taken")] = None
     allowed_local_media_path: Annotated[str, Field(description="folder of media files"),
                                         Unsupported("leave it empty: text only so far")] = ""
