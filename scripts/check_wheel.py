@@ -2,8 +2,8 @@
 
     python scripts/check_wheel.py dist/kvloom-*.whl
 
-Refuses imports of pickle and its kin, ``torch.load``, bare ``eval``/``exec`` and ``assert`` in every Python file of the wheel, and imports of
-Jinja outside the one renderer.
+Refuses imports of pickle and its kin, ``torch.load``, bare ``eval``/``exec`` and ``assert`` in every Python file of the wheel, and
+imports of Jinja outside the one renderer.
 """
 
 from __future__ import annotations
