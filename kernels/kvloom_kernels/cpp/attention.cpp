@@ -129,6 +129,10 @@ void all_rows(const Shape& s, Work& w, int rows, const T* keys, int64_t key_stri
     if (rows - m == 1) rows_against_keys<T, 1>(s, w, m, keys, key_stride, values, position, count);
 }
 
+template <class T> inline void prefetch(const T* p, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(p + i);
+}
+
 // One item. Arguments as in `attend` below.
 template <class T>
 void compute(const Shape& s, const Item& item, Work& w, const T* q, int64_t q_token_stride, const T* k_cache, const T* v_cache,
@@ -155,6 +159,10 @@ void compute(const Shape& s, const Item& item, Work& w, const T* q, int64_t q_to
     for (int64_t block = w.first[0] / s.block_tokens; block * s.block_tokens < w.last[rows - 1]; block++) {
         const T* keys = k_cache + (table[block] * s.kv_heads + item.kv_head) * block_keys;
         const T* values = v_cache + (table[block] * s.kv_heads + item.kv_head) * block_values;
+        if ((block + 1) * s.block_tokens < w.last[rows - 1]) {  // the table jumps about: the hardware cannot guess the next block
+            prefetch(k_cache + (table[block + 1] * s.kv_heads + item.kv_head) * block_keys, block_keys);
+            prefetch(v_cache + (table[block + 1] * s.kv_heads + item.kv_head) * block_values, block_values);
+        }
         for (int64_t offset = 0; offset < s.block_tokens; offset += LANES) {
             int64_t position = block * s.block_tokens + offset;
             int count = int(s.block_tokens - offset < LANES ? s.block_tokens - offset : LANES);

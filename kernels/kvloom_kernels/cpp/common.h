@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -92,6 +92,10 @@ inline uint16_t narrow1(float x) {
     return x != x ? uint16_t((bits >> 16) | 0x40) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+#ifdef __AVX512F__
+inline float sum(f32x16 x) { return _mm512_reduce_add_ps((__m512)x); }
+inline float largest(f32x16 x) { return _mm512_reduce_max_ps((__m512)x); }
+#else
 inline float sum(f32x16 x) {
     float total = 0;
     for (int i = 0; i < LANES; i++) total += x[i];
@@ -102,6 +106,7 @@ inline float largest(f32x16 x) {
     for (int i = 1; i < LANES; i++) best = x[i] > best ? x[i] : best;
     return best;
 }
+#endif
 
 // e^x for x <= 88, relative error below 2e-7; below -87 it gives 1e-38. NaN stays NaN.
 inline f32x16 exponential(f32x16 x) {
