@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 # Tiny models: a second thread costs more than it gives, and on a busy machine very much more. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -37,6 +39,14 @@ def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from kvloom.testing.checkpoints import make_checkpoint
 
     return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "small")
+
+
+def load_script(name: str) -> ModuleType:
+    """A module of ``scripts/``, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 Install = Callable[..., None]

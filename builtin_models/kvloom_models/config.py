@@ -69,11 +69,10 @@ class WindowedConfig(DecoderConfig):
         return self
 
 
-class LlamaConfig(DecoderConfig):
-    """``model_type`` llama."""
+class AttentionBiasConfig(DecoderConfig):
+    """A decoder whose config.json says whether its attention's projections have biases."""
 
     attention_bias: bool = False
-    mlp_bias: bool = False
 
     @property
     def qkv_bias(self) -> bool:
@@ -84,6 +83,12 @@ class LlamaConfig(DecoderConfig):
     def output_bias(self) -> bool:
         """See `DecoderConfig`."""
         return self.attention_bias
+
+
+class LlamaConfig(AttentionBiasConfig):
+    """``model_type`` llama."""
+
+    mlp_bias: bool = False
 
     @property
     def feed_forward_bias(self) -> bool:
@@ -124,23 +129,11 @@ class Qwen2Config(WindowedConfig):
         return layer >= self.max_window_layers
 
 
-class Qwen3Config(Qwen2Config):
+class Qwen3Config(AttentionBiasConfig, Qwen2Config):
     """``model_type`` qwen3."""
-
-    attention_bias: bool = False
 
     @model_validator(mode="before")
     @classmethod
     def _default_head_dim(cls, data: Any) -> Any:
         """128 whatever the hidden size."""
         return {**data, "head_dim": data.get("head_dim") or 128} if isinstance(data, dict) else data
-
-    @property
-    def qkv_bias(self) -> bool:
-        """See `DecoderConfig`."""
-        return self.attention_bias
-
-    @property
-    def output_bias(self) -> bool:
-        """See `DecoderConfig`."""
-        return self.attention_bias

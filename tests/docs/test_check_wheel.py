@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from types import ModuleType
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_script
 
 
 @pytest.fixture(scope="module")
 def check_wheel() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("check_wheel", ROOT / "scripts/check_wheel.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("check_wheel")
 
 
 @pytest.mark.parametrize("source", [

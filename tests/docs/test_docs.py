@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_script
 
 import kvloom
 import kvloom.cli
@@ -21,10 +20,7 @@ from kvloom.hooks.specs import KINDS, OBSERVERS, HookSpecs
 
 @pytest.fixture(scope="module")
 def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate_docs", ROOT / "scripts/generate_docs.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("generate_docs")
 
 
 @pytest.mark.parametrize("page", ["docs/architecture.md", "docs/api.md", "docs/errors.md"])
