@@ -1,4 +1,4 @@
-"""Greedy rows take the best token; the others one by temperature, from one uniform number and the cumulative distribution."""
+"""Greedy rows take the best token; the others one by its probability, from one uniform number and the cumulative distribution."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ class TokenSampler(Sampler):
 
 def _draw(logits: Tensor, best: Tensor, rows: SamplingRows, drawn: np.ndarray) -> Tensor:
     """Inverse of the cumulative distribution, ``[r, V] -> [r]``. Sums are taken in float64: a vocabulary is long."""
-    temperatures = torch.from_numpy(rows.temperatures[drawn]).to(logits.device)[:, None]
-    weights = logits.sub_(best[:, None]).div_(temperatures).exp_()
+    weights = logits.sub_(best[:, None]).exp_()
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     numbers = torch.from_numpy(uniforms(rows.seeds[drawn], rows.sample_indices[drawn], rows.positions[drawn])).to(logits.device)
     total = cumulative[:, -1:]

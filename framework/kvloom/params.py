@@ -18,6 +18,8 @@ MAX_SEQUENCES_PER_REQUEST = 16384
 """Bound of n."""
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy."""
+MAX_LISTED = 2**20
+"""Bound of lists of token ids."""
 MIN_TEMPERATURE = 0.01
 """Smallest temperature that is not greedy; smaller ones are raised to it."""
 
@@ -57,12 +59,20 @@ def check_bool(name: str, value: object) -> bool:
 class SamplingParams:
     """How to generate. Positional in field order, as vLLM's.
 
-    Supported so far: temperature, seed, stop_token_ids, ignore_eos, max_tokens, detokenize, skip_special_tokens,
-    output_kind; every other field raises `UnsupportedFeatureError` unless it has its default.
+    Every field of vLLM's is here; those that are not built yet (docs/api.md lists them) raise `UnsupportedFeatureError` unless they
+    have their default.
 
     Args:
         temperature: 0 is greedy; between 0 and 0.01 is raised to 0.01.
         seed: -1 and None mean: derived from the engine's seed and the request's number.
+        top_p: the smallest set of tokens with this probability, in (0, 1]; 1 is off.
+        top_k: so many best tokens, ties included; -1 and 0 are off.
+        min_p: tokens with this share of the best one's probability, in [0, 1]; 0 is off.
+        presence_penalty, frequency_penalty: taken from logits of output tokens, once or per occurrence, in [-2, 2].
+        repetition_penalty: divides (if positive) or multiplies logits of prompt and output tokens; above 0, 1 is off.
+        logit_bias: token id -> number that is added.
+        allowed_token_ids: all others are forbidden.
+        min_tokens: end-of-text and stop tokens are forbidden before; at most max_tokens.
         stop_token_ids: end the output; the token is kept in token_ids and left out of the text.
         ignore_eos: neither the tokenizer's nor generation_config's end tokens stop; stop_token_ids still do.
         max_tokens: None means up to the model's maximum length.
@@ -114,18 +124,26 @@ class SamplingParams:
         self.temperature = check_number("temperature", self.temperature, 0.0, 1e6)
         if GREEDY_BELOW <= self.temperature < MIN_TEMPERATURE:
             self.temperature = MIN_TEMPERATURE
+        self.top_p = check_number("top_p", self.top_p, 0.0, 1.0, above_low=True)
+        check_int("top_k", self.top_k, -1)
+        self.min_p = check_number("min_p", self.min_p, 0.0, 1.0)
+        for name in ("presence_penalty", "frequency_penalty"):
+            check_number(name, getattr(self, name), -2.0, 2.0)
+        check_number("repetition_penalty", self.repetition_penalty, 0.0, 1e6, above_low=True)
         if self.seed is not None:
             check_int("seed", self.seed, -(2**63), 2**64 - 1)
             self.seed = None if self.seed == -1 else self.seed
         if self.max_tokens is not None:
             check_int("max_tokens", self.max_tokens, 1)
+        check_int("min_tokens", self.min_tokens, 0, self.max_tokens if self.max_tokens is not None else 2**31 - 1)
         for name in ("ignore_eos", "detokenize", "skip_special_tokens"):
             check_bool(name, getattr(self, name))
-        if self.stop_token_ids is not None:
-            if not isinstance(self.stop_token_ids, list | tuple):
-                raise RequestValidationError(f"stop_token_ids must be a list of integers, got {shown(self.stop_token_ids)}",
-                                             "stop_token_ids", self.stop_token_ids)
-            self.stop_token_ids = [check_int("stop_token_ids", i, 0) for i in self.stop_token_ids]
+        self.stop_token_ids = _check_ids("stop_token_ids", self.stop_token_ids)
+        self.allowed_token_ids = _check_ids("allowed_token_ids", self.allowed_token_ids)
+        if self.allowed_token_ids == []:
+            raise RequestValidationError("allowed_token_ids must name at least one token, or be None", "allowed_token_ids", [])
+        if self.logit_bias is not None:
+            self.logit_bias = _check_bias(self.logit_bias)
 
     @property
     def is_greedy(self) -> bool:
@@ -138,10 +156,27 @@ class SamplingParams:
 
 
 UNSUPPORTED_SAMPLING = frozenset({
-    "n", "best_of", "presence_penalty", "frequency_penalty", "repetition_penalty", "top_p", "top_k", "min_p", "stop", "bad_words",
-    "min_tokens", "logprobs", "prompt_logprobs", "spaces_between_special_tokens", "logits_processors",
-    "include_stop_str_in_output", "truncate_prompt_tokens", "guided_decoding", "logit_bias", "allowed_token_ids", "extra_args",
+    "n", "best_of", "stop", "bad_words", "logprobs", "prompt_logprobs", "spaces_between_special_tokens", "logits_processors",
+    "include_stop_str_in_output", "truncate_prompt_tokens", "guided_decoding", "extra_args",
 })
+"""Fields that only take their default so far."""
+
+
+def _check_ids(name: str, value: object) -> list[int] | None:
+    """A list of token ids, or None."""
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) or len(value) > MAX_LISTED:
+        raise RequestValidationError(f"{name} must be a list of at most {MAX_LISTED} integers, got {shown(value)}", name, value)
+    return [check_int(name, i, 0) for i in value]
+
+
+def _check_bias(value: object) -> dict[int, float]:
+    """Token id -> finite number."""
+    if not isinstance(value, dict) or len(value) > MAX_LISTED:
+        raise RequestValidationError(f"logit_bias must map at most {MAX_LISTED} token ids to numbers, got {shown(value)}", "logit_bias",
+                                     value)
+    return {check_int("logit_bias", i, 0): check_number("logit_bias", b, -1e6, 1e6) for i, b in value.items()}
 
 
 def _is_default(default: object, value: object) -> bool:

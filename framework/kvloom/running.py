@@ -13,7 +13,7 @@ from kvloom.core import Engine, Finish, Request, RequestSpec
 from kvloom.errors import RequestFailedError, RequestValidationError
 from kvloom.hooks.loader import PluginSet
 from kvloom.hooks.origin import Origin
-from kvloom.interfaces import Executor, Tokenizer
+from kvloom.interfaces import Executor, SequenceView, Tokenizer
 from kvloom.logs import get_logger
 from kvloom.outputs import RequestOutput
 from kvloom.params import SamplingParams
@@ -22,6 +22,7 @@ from kvloom.start_report import StartReport
 from kvloom.text.output import request_output
 
 if TYPE_CHECKING:
+    from kvloom.runtime.logits import LogitsPipeline
     from kvloom.runtime.memory import MemoryPlan
 
 
@@ -73,14 +74,16 @@ class RunningEngine:
 
     Args:
         config: it was started with.
+        pipeline: the logits processors, for checking requests.
         plan: the memory plan that its worker follows.
         report: what the start took and chose.
     """
 
     def __init__(self, config: EngineConfig, engine: Engine, executor: Executor, plugins: PluginSet, tokenizer: Tokenizer | None,
-                 rules: RequestRules, plan: MemoryPlan, report: StartReport) -> None:
+                 rules: RequestRules, pipeline: LogitsPipeline, plan: MemoryPlan, report: StartReport) -> None:
         self.config, self.engine, self.executor, self.plugins = config, engine, executor, plugins
         self.tokenizer, self.rules, self.plan, self.report = tokenizer, rules, plan, report
+        self._pipeline = pipeline
         self._admitted: dict[int, _Admitted] = {}
         self._next_number = 0
 
@@ -114,6 +117,9 @@ class RunningEngine:
         """
         specs = [self.rules.spec(self._encode(prompt), sampling, self._next_number + i, priority)
                  for i, (prompt, sampling, priority) in enumerate(zip(prompts, params, priorities, strict=True))]
+        for spec in specs:  # what processors refuse, they refuse here; the worker makes its own states
+            self._pipeline.start(SequenceView(-1, spec.sample_index, spec.prompt_token_ids, spec.sampling, self.rules.vocab_size,
+                                              spec.end_token_ids))
         places: dict[int, int] = {}
         try:
             for place, (spec, prompt) in enumerate(zip(specs, prompts, strict=True)):

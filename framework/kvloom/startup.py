@@ -34,7 +34,7 @@ def start_engine(config: EngineConfig) -> RunningEngine:
         plugins = load_config_plugins(config)
     with timer.phase("import torch"):
         from kvloom.layers.base import dtype_name
-        from kvloom.runtime import builder, worker
+        from kvloom.runtime import builder, logits, worker
     with timer.phase("import tokenizer"):
         tokenizer_class = import_tokenizer(config, plugins.registries["tokenizers"])
     with timer.phase("model files"):
@@ -61,7 +61,8 @@ def start_engine(config: EngineConfig) -> RunningEngine:
         engine = Engine(Scheduler(limits, report.groups, report.num_blocks, policy), executor, observers)
         rules = RequestRules.of(config.model.seed, source.config.vocab_size, source.end_token_ids, tokenizer,
                                 root_digest(str(source.directory)))
-        running = RunningEngine(config, engine, executor, plugins, tokenizer, rules, plan,
+        pipeline = logits.LogitsPipeline(logits.make_processors(plugins.registries["logits_processors"]))
+        running = RunningEngine(config, engine, executor, plugins, tokenizer, rules, pipeline, plan,
                                 _report(timer, report, plugins, dtype_name(source.dtype)))
     except BaseException:
         executor.close()

@@ -16,6 +16,7 @@ from kvloom.runtime.batch import BatchState
 from kvloom.runtime.builder import build_model, open_source
 from kvloom.runtime.kv_groups import group_layers
 from kvloom.runtime.kv_tensors import allocate
+from kvloom.runtime.logits import LogitsPipeline
 from kvloom.runtime.runner import Runner
 from kvloom.runtime.weights import load_weights
 from kvloom.runtime.worker import make_loader
@@ -63,7 +64,7 @@ def logits_of_rank(directory: Path, comm: Comm) -> list[torch.Tensor]:
     seen: list[torch.Tensor] = []
     original = built.model.logits
     built.model.logits = lambda hidden, ctx: seen.append(original(hidden, ctx).clone()) or seen[-1]
-    runner = Runner(built.model, TokenSampler(), comm, groups, len(built.model.state_specs()), built.backends, caches,
+    runner = Runner(built.model, TokenSampler(), LogitsPipeline(()), comm, groups, len(built.model.state_specs()), built.backends, caches,
                     BatchState(2, 64, groups), torch.device("cpu"))
     prompt = tuple(range(3, 24))
     blocks = tuple((2 + 2 * g, 3 + 2 * g) for g in range(len(groups)))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kvloom.interfaces import SamplingRows
 from kvloom.params import SamplingParams
+from kvloom_samplers.filters import Temperature
 from kvloom_samplers.philox import philox4x32, uniforms
 from kvloom_samplers.token_sampler import TokenSampler
 
@@ -54,7 +55,8 @@ def rows(count: int, temperature: float = 1.0, seed: int = 7) -> SamplingRows:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_tokens_come_up_as_often_as_their_probabilities_say(temperature: float) -> None:
     count, logits = 40_000, torch.tensor([0.0, 1.0, 2.0, -1.0, -torch.inf, 0.5])
-    drawn = TokenSampler().sample(logits.repeat(count, 1), rows(count, temperature)).token_ids
+    scaled = Temperature().apply(logits.repeat(count, 1), [temperature] * count)
+    drawn = TokenSampler().sample(scaled, rows(count, temperature)).token_ids
     seen = torch.bincount(drawn, minlength=6).double()
     expected = (logits.double() / temperature).softmax(0) * count
     assert seen[4] == 0

@@ -64,6 +64,11 @@ class RequestSpec:
     extras: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     arrival_s: float | None = None
 
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends a text, whether or not this request heeds it."""
+        return (*(() if self.eos_token_id is None else (self.eos_token_id,)), *sorted(self.extra_eos_token_ids))
+
 
 class Request:
     """One sequence in the scheduler; satisfies `RequestView`. Read it, never write it.
@@ -187,6 +192,7 @@ class Request:
         return NewSequence(
             self.sequence_id, tuple(self.token_ids), self.prompt_tokens, self.computed_tokens, self.table.ids(), spec.sampling,
             seed=spec.seed, sample_index=spec.sample_index, adapter=spec.adapter, media=spec.media, extras=dict(spec.extras),
+            end_token_ids=spec.end_token_ids,
         )
 
     def check_integrity(self) -> None:

@@ -38,6 +38,7 @@ class SequenceView(NamedTuple):
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     vocab_size: int
+    end_token_ids: tuple[int, ...] = ()
 
 
 class LogitsProcessor(ABC):
@@ -47,6 +48,8 @@ class LogitsProcessor(ABC):
     """
 
     stage: ClassVar[Stage] = Stage.BIAS
+    order: ClassVar[int] = 0
+    """Place within the stage: smaller first, equal ones by the name they are registered under."""
 
     @classmethod
     @abstractmethod
@@ -59,7 +62,11 @@ class LogitsProcessor(ABC):
 
     @abstractmethod
     def new_state(self, parameters: Any, sequence: SequenceView) -> Any:
-        """State of one sequence, before its first output token."""
+        """State of one sequence, before its first output token. Called at admission too, and the result thrown away.
+
+        Raises:
+            RequestValidationError: values that do not fit this model, such as ids out of the vocabulary.
+        """
 
     @abstractmethod
     def apply(self, logits: Tensor, states: Sequence[Any]) -> Tensor:
@@ -89,7 +96,7 @@ class SamplingRows:
         sequence_ids: ``[S]`` int64, host.
         row_starts: ``[S + 1]`` int64, host: sequence s owns rows ``[row_starts[s], row_starts[s + 1])``.
         params: one a sequence.
-        temperatures: ``[S]`` float32, host; 0 is greedy.
+        temperatures: ``[S]`` float32, host; 0 is greedy. Logits were divided by it already.
         seeds: ``[S]`` uint64, host: key of the counter-based generator.
         sample_indices: ``[S]`` int64, host: 0..n-1 within the request.
         positions: ``[S]`` int64, host: position that the first sampled token will have.

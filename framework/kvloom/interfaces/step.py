@@ -34,6 +34,7 @@ class NewSequence:
         adapter: content hash of the adapter to apply, or None.
         media: content hashes of encoder inputs with the token offset of each, see `EncoderWork`.
         extras: named per-token integers the model asked for (``token_type_ids``), each as long as the prompt.
+        end_token_ids: that end a text, for processors that put that off.
     """
 
     sequence_id: int
@@ -48,6 +49,7 @@ class NewSequence:
     adapter: str | None = None
     media: tuple[tuple[str, int], ...] = ()
     extras: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    end_token_ids: tuple[int, ...] = ()
 
 
 class TokenRange(NamedTuple):

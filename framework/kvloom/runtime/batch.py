@@ -6,6 +6,7 @@ id and brings deltas; everything else is gathered from here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from kvloom.errors import InternalError
 from kvloom.interfaces.state import KVGroup
 from kvloom.interfaces.step import NewSequence, Step
 from kvloom.params import SamplingParams
+from kvloom.runtime.logits import NO_PROCESSORS, SequenceProcessors
 
 Array = np.ndarray[Any, Any]
 
@@ -50,10 +52,15 @@ class StepIndices:
 
 
 class BatchState:
-    """Persistent arrays of up to `max_num_seqs` sequences of up to `max_model_len` tokens. Host memory only."""
+    """Persistent arrays of up to `max_num_seqs` sequences of up to `max_model_len` tokens. Host memory only.
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, groups: tuple[KVGroup, ...]) -> None:
-        self._groups = groups
+    Args:
+        start: makes the logits processors of a sequence that comes.
+    """
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, groups: tuple[KVGroup, ...],
+                 start: Callable[[NewSequence], SequenceProcessors] = lambda new: NO_PROCESSORS) -> None:
+        self._groups, self._start = groups, start
         self._row_of: dict[int, int] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self.token_ids = np.zeros((max_num_seqs, max_model_len + 1), np.int64)
@@ -64,6 +71,7 @@ class BatchState:
         self.seeds = np.zeros(max_num_seqs, np.uint64)
         self.sample_indices = np.zeros(max_num_seqs, np.int64)
         self.params: list[SamplingParams | None] = [None] * max_num_seqs
+        self.processors = [NO_PROCESSORS] * max_num_seqs
 
     def apply(self, step: Step) -> None:
         """Take over a step's deltas: who left, who came, which blocks were appended."""
@@ -94,6 +102,7 @@ class BatchState:
         self._table_blocks[:, row] = 0
         self._append_blocks(row, new.block_ids)
         self.params[row] = new.sampling
+        self.processors[row] = self._start(new)
         self.temperatures[row] = new.sampling.temperature if new.sampling else 0.0
         self.seeds[row] = new.seed
         self.sample_indices[row] = new.sample_index

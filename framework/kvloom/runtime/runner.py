@@ -14,20 +14,22 @@ from kvloom.interfaces.sampling import SampledTokens, Sampler, SamplingRows
 from kvloom.interfaces.state import KVGroup
 from kvloom.interfaces.step import RowError, RowResult, Step, StepResult
 from kvloom.runtime.batch import BatchState, StepIndices
+from kvloom.runtime.logits import LogitsPipeline
 
 
 class Runner:
     """Runs steps of one model shard. Owns the batch state and the KV tensors; everything else it is given.
 
     Args:
+        pipeline: the logits processors.
         backends: by layer index, the attention backend of every layer with paged state.
         caches: by layer index, its KV tensors.
     """
 
-    def __init__(self, model: Model, sampler: Sampler, comm: Comm, groups: tuple[KVGroup, ...], num_layers: int,
-                 backends: Mapping[int, AttentionBackend], caches: Mapping[int, LayerCache], state: BatchState,
+    def __init__(self, model: Model, sampler: Sampler, pipeline: LogitsPipeline, comm: Comm, groups: tuple[KVGroup, ...],
+                 num_layers: int, backends: Mapping[int, AttentionBackend], caches: Mapping[int, LayerCache], state: BatchState,
                  device: torch.device) -> None:
-        self._model, self._sampler, self._comm, self._device = model, sampler, comm, device
+        self._model, self._sampler, self._pipeline, self._comm, self._device = model, sampler, pipeline, comm, device
         self._groups, self._num_layers = groups, num_layers
         self._backends, self._caches = backends, caches
         self._state = state
@@ -74,6 +76,8 @@ class Runner:
         rows = indices.rows[indices.sampled]
         positions = indices.context_tokens[indices.sampled].astype(np.int64)
         ranges = [step.ranges[i] for i in indices.sampled]
+        processors = [self._state.processors[row] for row in rows]
+        logits = self._pipeline.apply(logits, processors)
         done = self._sampler.sample(logits, SamplingRows(
             sequence_ids=np.array([r.sequence_id for r in ranges]),
             row_starts=np.arange(len(ranges) + 1),
@@ -85,6 +89,9 @@ class Runner:
         ))
         token_ids = done.token_ids.cpu().numpy()
         self._state.write_sampled(rows, positions, token_ids)
+        for sequence, token_id in zip(processors, token_ids.tolist(), strict=True):
+            if sequence.states:
+                self._pipeline.advance(sequence, (token_id,))
         return {int(i): _row_result(r.sequence_id, s, token, done) for s, (i, r, token)
                 in enumerate(zip(indices.sampled, ranges, token_ids.tolist(), strict=True))}
 

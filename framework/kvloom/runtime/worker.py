@@ -10,12 +10,13 @@ import torch
 from kvloom.config import EngineConfig
 from kvloom.errors import InternalError, NotRegisteredError
 from kvloom.hooks.loader import PluginSet
-from kvloom.interfaces import Model, Step, StepResult, WeightLoader, WorkerReport
+from kvloom.interfaces import Model, NewSequence, SequenceView, Step, StepResult, WeightLoader, WorkerReport
 from kvloom.runtime.batch import BatchState
 from kvloom.runtime.builder import BuiltModel, ModelSource, build_model
 from kvloom.runtime.comm import LocalComm
 from kvloom.runtime.host_memory import host_memory
 from kvloom.runtime.kv_tensors import allocate
+from kvloom.runtime.logits import LogitsPipeline, make_processors
 from kvloom.runtime.memory import MemoryPlan, memory_needs, plan_memory
 from kvloom.runtime.runner import Runner
 from kvloom.runtime.weights import check_catalog, load_weights, wanted_infos, wanted_slots
@@ -101,8 +102,12 @@ class DeviceWorker:
         shapes = {layer: built.backends[layer].state_shapes() for group in groups for layer in group.layers}
         caches = allocate(groups, shapes, num_blocks, self._device)
         sampler = self._plugins.registries["samplers"].resolve(DEFAULT_SAMPLER).load()()
-        state = BatchState(limits.max_num_seqs, limits.max_model_len, groups)
-        self._runner = Runner(built.model, sampler, self._comm, groups, len(built.model.state_specs()), built.backends, caches,
+        pipeline = LogitsPipeline(make_processors(self._plugins.registries["logits_processors"]))
+        vocab_size = self._source.config.vocab_size
+        state = BatchState(limits.max_num_seqs, limits.max_model_len, groups,
+                           lambda new: pipeline.start(_view(new, vocab_size), new.token_ids[new.prompt_tokens:]))
+        num_layers = len(built.model.state_specs())
+        self._runner = Runner(built.model, sampler, pipeline, self._comm, groups, num_layers, built.backends, caches,
                               state, self._device)
 
     def execute(self, step: Step) -> StepResult:
@@ -119,6 +124,14 @@ class DeviceWorker:
         if self._built is None:
             raise InternalError("the worker has not loaded its model yet")
         return self._built
+
+
+def _view(new: NewSequence, vocab_size: int) -> SequenceView:
+    """What processors may know of a sequence. Raises `InternalError` for one that does not generate."""
+    if new.sampling is None:
+        raise InternalError(f"sequence {new.sequence_id} has no sampling parameters")
+    prompt = new.token_ids[:new.prompt_tokens]
+    return SequenceView(new.sequence_id, new.sample_index, prompt, new.sampling, vocab_size, new.end_token_ids)
 
 
 def _kernels_note() -> str:
