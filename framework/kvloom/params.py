@@ -18,6 +18,10 @@ MAX_SEQUENCES_PER_REQUEST = 16384
 """Bound of n."""
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy."""
+MAX_STOPS = 64
+"""Bound of the number of stop strings."""
+MAX_STOP_LENGTH = 1024
+"""Bound of a stop string's characters."""
 MAX_LISTED = 2**20
 """Bound of lists of token ids."""
 MIN_TEMPERATURE = 0.01
@@ -73,6 +77,8 @@ class SamplingParams:
         logit_bias: token id -> number that is added.
         allowed_token_ids: all others are forbidden.
         min_tokens: end-of-text and stop tokens are forbidden before; at most max_tokens.
+        stop: texts that end the output; the first in the list that the new text completes. They wait for min_tokens too.
+        include_stop_str_in_output: keep the stop string (or the stop token's text) in the text.
         stop_token_ids: end the output; the token is kept in token_ids and left out of the text.
         ignore_eos: neither the tokenizer's nor generation_config's end tokens stop; stop_token_ids still do.
         max_tokens: None means up to the model's maximum length.
@@ -136,14 +142,27 @@ class SamplingParams:
         if self.max_tokens is not None:
             check_int("max_tokens", self.max_tokens, 1)
         check_int("min_tokens", self.min_tokens, 0, self.max_tokens if self.max_tokens is not None else 2**31 - 1)
-        for name in ("ignore_eos", "detokenize", "skip_special_tokens"):
+        for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
             check_bool(name, getattr(self, name))
+        if self.stop_strings and not self.detokenize:
+            raise RequestValidationError("stop strings are found in text, so they need detokenize=True", "stop", self.stop)
         self.stop_token_ids = _check_ids("stop_token_ids", self.stop_token_ids)
         self.allowed_token_ids = _check_ids("allowed_token_ids", self.allowed_token_ids)
         if self.allowed_token_ids == []:
             raise RequestValidationError("allowed_token_ids must name at least one token, or be None", "allowed_token_ids", [])
         if self.logit_bias is not None:
             self.logit_bias = _check_bias(self.logit_bias)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple. Raises `RequestValidationError` when it is anything but a text or a list of texts."""
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        sound = (isinstance(given, list | tuple) and len(given) <= MAX_STOPS
+                 and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in given))
+        if not sound:
+            raise RequestValidationError(f"stop must be a text or a list of at most {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} "
+                                         f"characters, got {shown(self.stop)}", "stop", self.stop)
+        return tuple(given)
 
     @property
     def is_greedy(self) -> bool:
@@ -156,8 +175,8 @@ class SamplingParams:
 
 
 UNSUPPORTED_SAMPLING = frozenset({
-    "n", "best_of", "stop", "bad_words", "logprobs", "prompt_logprobs", "spaces_between_special_tokens", "logits_processors",
-    "include_stop_str_in_output", "truncate_prompt_tokens", "guided_decoding", "extra_args",
+    "n", "best_of", "bad_words", "logprobs", "prompt_logprobs", "spaces_between_special_tokens", "logits_processors",
+    "truncate_prompt_tokens", "guided_decoding", "extra_args",
 })
 """Fields that only take their default so far."""
 

@@ -19,7 +19,8 @@ from kvloom.outputs import RequestOutput
 from kvloom.params import SamplingParams
 from kvloom.prompts import ParsedPrompt, check_token_ids
 from kvloom.start_report import StartReport
-from kvloom.text.output import request_output
+from kvloom.text.output import output_text, request_output, stopped_by_token
+from kvloom.text.stop_strings import StopStringWatch
 
 if TYPE_CHECKING:
     from kvloom.runtime.logits import LogitsPipeline
@@ -63,10 +64,11 @@ class RequestRules:
 
 @dataclass(frozen=True, slots=True)
 class _Admitted:
-    """A request in the engine: its public id and its prompt's text."""
+    """A request in the engine: its public id, its prompt's text, and its own text where stop strings are looked for."""
 
     request_id: str
     text: str | None
+    watch: StopStringWatch | None = None
 
 
 class RunningEngine:
@@ -120,17 +122,24 @@ class RunningEngine:
         for spec in specs:  # what processors refuse, they refuse here; the worker makes its own states
             self._pipeline.start(SequenceView(-1, spec.sample_index, spec.prompt_token_ids, spec.sampling, self.rules.vocab_size,
                                               spec.end_token_ids))
+        admitted = [_Admitted(str(self._next_number + i), prompt.text, self._watch(spec))
+                    for i, (spec, prompt) in enumerate(zip(specs, prompts, strict=True))]
         places: dict[int, int] = {}
         try:
-            for place, (spec, prompt) in enumerate(zip(specs, prompts, strict=True)):
+            for place, (spec, about) in enumerate(zip(specs, admitted, strict=True)):
                 request = self.engine.add(spec)
-                self._admitted[request.sequence_id] = _Admitted(str(self._next_number + place), prompt.text)
                 places[request.sequence_id] = place
+                self._admitted[request.sequence_id] = about
         except BaseException:
             self.abort(places)
             raise
         self._next_number += len(specs)
         return places
+
+    def _watch(self, spec: RequestSpec) -> StopStringWatch | None:
+        if not spec.sampling.stop_strings:
+            return None
+        return StopStringWatch(self.need_tokenizer("stop strings"), spec.prompt_token_ids, spec.sampling)
 
     def _encode(self, prompt: ParsedPrompt) -> Sequence[int]:
         token_ids: Sequence[int] | None = prompt.token_ids
@@ -151,15 +160,30 @@ class RunningEngine:
     def step(self) -> Iterator[tuple[int, RequestOutput | RequestFailedError]]:
         """One step; ``(sequence id, output)`` of each request that ended, or why it failed."""
         for request in self.engine.step():
-            if request.finish is not None and request.sequence_id in self._admitted:
+            admitted = self._admitted.get(request.sequence_id)
+            if admitted is None:
+                continue
+            if admitted.watch is not None:
+                self._look_for_stops(request, admitted.watch)
+            if request.finish is not None:
                 yield request.sequence_id, self._end(request, request.finish)
+
+    def _look_for_stops(self, request: Request, watch: StopStringWatch) -> None:
+        """Feed new tokens; end the request at a stop string."""
+        new = request.output_token_ids[watch.num_tokens:]
+        found = watch.add(new[:-1] if stopped_by_token(request) and not request.spec.sampling.include_stop_str_in_output else new)
+        if found is None and request.finish is not None:
+            watch.finish()
+        elif found is not None and request.finish is None:
+            self.engine.finish(request.sequence_id, "stop", found)
 
     def _end(self, request: Request, finish: Finish) -> RequestOutput | RequestFailedError:
         admitted = self._admitted.pop(request.sequence_id)
         if finish.reason == "error":
             return request.error or RequestFailedError(f"request {admitted.request_id} failed")
         try:
-            output = request_output(admitted.request_id, admitted.text, request, self.tokenizer)
+            text = output_text(request, self.tokenizer) if admitted.watch is None else admitted.watch.text
+            output = request_output(admitted.request_id, admitted.text, request, text)
         except Exception as error:  # noqa: BLE001  (a tokenizer that cannot decode fails this request, not the engine)
             failure = RequestFailedError(f"request {admitted.request_id} cannot be decoded: {type(error).__name__}: {error}")
             failure.__cause__ = error

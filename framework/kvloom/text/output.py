@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from kvloom.core import Finish, Request
+from kvloom.core import Request
 from kvloom.errors import InternalError
 from kvloom.interfaces.tokenizer import Tokenizer
 from kvloom.outputs import CompletionOutput, RequestOutput
 from kvloom.text.detokenizer import Detokenizer
 
 
-def request_output(request_id: str, prompt: str | None, request: Request, tokenizer: Tokenizer | None) -> RequestOutput:
-    """The output of a request that has ended.
-
-    Raises:
-        Exception: whatever the tokenizer raises; only this request is affected.
-    """
+def request_output(request_id: str, prompt: str | None, request: Request, text: str) -> RequestOutput:
+    """The output of a request that has ended, with this text."""
     finish = request.finish
     if finish is None:
         raise InternalError(f"sequence {request.sequence_id} has not ended")
     completion = CompletionOutput(
         index=request.spec.sample_index,
-        text=_text(request, finish, tokenizer),
+        text=text,
         token_ids=request.output_token_ids,
         finish_reason=finish.reason,
         stop_reason=finish.stop_reason,
@@ -37,12 +33,22 @@ def request_output(request_id: str, prompt: str | None, request: Request, tokeni
     )
 
 
-def _text(request: Request, finish: Finish, tokenizer: Tokenizer | None) -> str:
-    """The output without its stop token; empty where no text is wanted."""
+def stopped_by_token(request: Request) -> bool:
+    """Whether its last token is an end-of-text or stop token, whose text does not belong to the output."""
+    return request.finish is not None and request.finish.reason == "stop" and not isinstance(request.finish.stop_reason, str)
+
+
+def output_text(request: Request, tokenizer: Tokenizer | None) -> str:
+    """The output's text without its stop token, unless asked for; empty where no text is wanted.
+
+    Raises:
+        Exception: whatever the tokenizer raises; only this request is affected.
+    """
     sampling = request.spec.sampling
     if tokenizer is None or not sampling.detokenize:
         return ""
     token_ids = request.output_token_ids
-    stopped_by_token = finish.reason == "stop" and not isinstance(finish.stop_reason, str)
+    if stopped_by_token(request) and not sampling.include_stop_str_in_output:
+        token_ids = token_ids[:-1]
     text = Detokenizer(tokenizer, request.spec.prompt_token_ids, skip_special_tokens=sampling.skip_special_tokens)
-    return text.add(token_ids[:-1] if stopped_by_token else token_ids) + text.finish()
+    return text.add(token_ids) + text.finish()
