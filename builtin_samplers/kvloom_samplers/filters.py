@@ -9,9 +9,7 @@ from torch import Tensor
 
 from kvloom.interfaces import LogitsProcessor, SequenceView, Stage
 from kvloom.params import SamplingParams
-
-FIRST_CANDIDATES = 256
-"""Tokens that top-p looks at first. Few distributions of a trained model need more; those that do are sorted whole."""
+from kvloom_kernels.sampling import top_p
 
 
 class NumberProcessor(LogitsProcessor):
@@ -94,21 +92,5 @@ class TopP(Filter):
         return params.top_p if params.top_p < 1 else None
 
     def apply(self, logits: Tensor, states: Sequence[float]) -> Tensor:
-        """See `LogitsProcessor.apply`. Looks at the best `FIRST_CANDIDATES`; only rows that need more are sorted whole."""
-        wanted = self.column(states, logits)
-        total = logits.logsumexp(-1, keepdim=True)
-        threshold, enough = self._threshold(logits, min(FIRST_CANDIDATES, logits.shape[1]), total, wanted)
-        rest = torch.nonzero(~enough).flatten()
-        if len(rest):
-            threshold[rest] = self._threshold(logits[rest], logits.shape[1], total[rest], wanted[rest])[0]
-        return logits.masked_fill_(logits < threshold, -torch.inf)
-
-    @staticmethod
-    def _threshold(logits: Tensor, candidates: int, total: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """The last kept token's logit ``[r, 1]``, and whether the candidates held it ``[r]``."""
-        best = logits.topk(candidates, dim=-1).values
-        mass = (best - total).exp_().cumsum(-1)
-        before = mass.roll(1, dims=-1)
-        before[:, 0] = 0
-        last = (before < wanted).sum(-1, keepdim=True).clamp_(min=1) - 1  # a token is kept while the mass before it is too little
-        return best.gather(1, last), (mass[:, -1:] >= wanted)[:, 0] | (candidates == logits.shape[1])
+        """See `LogitsProcessor.apply`."""
+        return top_p(logits, self.column(states, logits)[:, 0])

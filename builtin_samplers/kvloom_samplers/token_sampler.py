@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvloom.interfaces import SampledTokens, Sampler, SamplingRows
+from kvloom_kernels.sampling import draw
 from kvloom_samplers.philox import uniforms
 
 
@@ -21,16 +22,7 @@ class TokenSampler(Sampler):
         drawn = np.flatnonzero(rows.temperatures > 0)
         if len(drawn):
             index = torch.from_numpy(drawn).to(logits.device)
-            token_ids[index] = _draw(logits[index], best[index], rows, drawn)
+            numbers = uniforms(rows.seeds[drawn], rows.sample_indices[drawn], rows.positions[drawn])
+            asking = logits if len(drawn) == len(logits) else logits[index]
+            token_ids[index] = draw(asking, best[index], torch.from_numpy(numbers).to(logits.device))
         return SampledTokens(token_ids, failed=failed)
-
-
-def _draw(logits: Tensor, best: Tensor, rows: SamplingRows, drawn: np.ndarray) -> Tensor:
-    """Inverse of the cumulative distribution, ``[r, V] -> [r]``. Sums are taken in float64: a vocabulary is long."""
-    weights = logits.sub_(best[:, None]).exp_()
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
-    numbers = torch.from_numpy(uniforms(rows.seeds[drawn], rows.sample_indices[drawn], rows.positions[drawn])).to(logits.device)
-    total = cumulative[:, -1:]
-    targets = torch.minimum(numbers[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))  # below the total, rounded too
-    # The first token whose cumulative weight exceeds the target: a token of weight 0 never is.
-    return torch.searchsorted(cumulative, targets, right=True)[:, 0]
