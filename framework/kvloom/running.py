@@ -170,7 +170,7 @@ class RunningEngine:
 
     def _look_for_stops(self, request: Request, watch: StopStringWatch) -> None:
         """Feed new tokens; end the request at a stop string."""
-        new = request.output_token_ids[watch.num_tokens:]
+        new = request.token_ids[request.prompt_tokens + watch.num_tokens:]
         found = watch.add(new[:-1] if stopped_by_token(request) and not request.spec.sampling.include_stop_str_in_output else new)
         if found is None and request.finish is not None:
             watch.finish()
