@@ -55,8 +55,7 @@ def start_engine(config: EngineConfig) -> RunningEngine:
         with timer.phase("KV cache"):
             executor.allocate(report.num_blocks)
         plan = executor.call(worker.worker_plan)[0]
-        limits = config.scheduler.limits(source.max_model_len, chunkable=executor.call(_chunkable)[0],
-                                         enable_prefix_caching=config.cache.enable_prefix_caching)
+        limits = config.limits(source.max_model_len, chunkable=executor.call(_chunkable)[0])
         observers = [observe for _, observe in plugins.observers["kvloom_step_finished"]]
         engine = Engine(Scheduler(limits, report.groups, report.num_blocks, policy), executor, observers)
         rules = RequestRules.of(config.model.seed, source.config.vocab_size, source.end_token_ids, tokenizer,

@@ -109,3 +109,11 @@ class AlwaysNine(LogitsProcessor):
         with pytest.raises(RequestFailedError, match=r"logits processor 'always-9' \(plugin 'acme' of acme 1\.0\) raised RuntimeError: cannot"):
             llm.generate([[1, 2]], SamplingParams(seed=100), use_tqdm=False)
         assert tokens(llm.generate([[1, 2]], other, use_tqdm=False))[0] == expected
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-6])
+def test_tiny_temperatures_are_greedy_whatever_else_is_asked_for(small_checkpoint: Path, temperature: float) -> None:
+    with engine(small_checkpoint) as llm:
+        greedy = tokens(llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), use_tqdm=False))
+        tiny = SamplingParams(temperature=temperature, top_k=50, top_p=0.9, seed=3, max_tokens=8, ignore_eos=True)
+        assert tokens(llm.generate(PROMPTS, tiny, use_tqdm=False)) == greedy

@@ -19,6 +19,7 @@ from kvloom.config.plugins import PluginSection
 from kvloom.config.scheduler import SchedulerSection
 from kvloom.config.section import NoEffect, Section
 from kvloom.config.yaml_file import FileValue, read_yaml
+from kvloom.core.limits import SchedulerLimits
 from kvloom.errors import ConfigError, UnknownKeyError, UnsupportedFeatureError
 from kvloom.hooks.discovery import PluginSelection
 from kvloom.near import did_you_mean
@@ -117,6 +118,10 @@ class EngineConfig:
             raise ConfigError(f"max_model_len={given} is more than the {derived} tokens that config.json says the model was made for; "
                               "lower it, or change config.json's value with hf_overrides (max_position_embeddings, rope_scaling)")
         return given or derived
+
+    def limits(self, max_model_len: int, *, chunkable: bool) -> SchedulerLimits:
+        """See `SchedulerSection.limits`."""
+        return self.scheduler.limits(max_model_len, enable_prefix_caching=self.cache.enable_prefix_caching, chunkable=chunkable)
 
     def rows(self) -> list[tuple[str, Any, str]]:
         """``(parameter, value, origin)`` of every parameter, secrets masked."""

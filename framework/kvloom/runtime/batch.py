@@ -103,7 +103,7 @@ class BatchState:
         self._append_blocks(row, new.block_ids)
         self.params[row] = new.sampling
         self.processors[row] = self._start(new)
-        self.temperatures[row] = new.sampling.temperature if new.sampling else 0.0
+        self.temperatures[row] = 0.0 if new.sampling is None or new.sampling.is_greedy else new.sampling.temperature
         self.seeds[row] = new.seed
         self.sample_indices[row] = new.sample_index
 

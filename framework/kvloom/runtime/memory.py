@@ -183,8 +183,7 @@ def _with_blocks(plan: MemoryPlan) -> MemoryPlan:
 def memory_needs(config: EngineConfig, source: ModelSource, built: BuiltModel) -> MemoryNeeds:
     """Needs of a model that was built, on the meta device or a real one."""
     cache = config.cache
-    limits = config.scheduler.limits(source.max_model_len, enable_prefix_caching=cache.enable_prefix_caching,
-                                     chunkable=built.model.chunkable)
+    limits = config.limits(source.max_model_len, chunkable=built.model.chunkable)
     groups = group_layers(built.model.state_specs(), cache.block_size)
     shapes = {layer: built.backends[layer].state_shapes() for group in groups for layer in group.layers}
     page = sum(page_bytes(s) for s in shapes.values())

@@ -97,8 +97,7 @@ class DeviceWorker:
     def allocate(self, num_blocks: int) -> None:
         """See `Worker.allocate`."""
         built, groups = self._model(), self.plan.needs.groups
-        limits = self._config.scheduler.limits(self._source.max_model_len, chunkable=built.model.chunkable,
-                                               enable_prefix_caching=self._config.cache.enable_prefix_caching)
+        limits = self._config.limits(self._source.max_model_len, chunkable=built.model.chunkable)
         shapes = {layer: built.backends[layer].state_shapes() for group in groups for layer in group.layers}
         caches = allocate(groups, shapes, num_blocks, self._device)
         sampler = self._plugins.registries["samplers"].resolve(DEFAULT_SAMPLER).load()()
