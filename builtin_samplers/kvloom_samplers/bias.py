@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvloom.errors import RequestValidationError
-from kvloom.interfaces import LogitsProcessor, SequenceView, Stage
+from kvloom.interfaces import LogitsProcessor, SequenceView, Stage, Tokenizer
 from kvloom.params import SamplingParams
 
 
@@ -35,7 +35,7 @@ class AllowedTokens(LogitsProcessor):
     stage = Stage.MASK
 
     @classmethod
-    def parameters(cls, params: SamplingParams) -> Sequence[int] | None:
+    def parameters(cls, params: SamplingParams, tokenizer: Tokenizer | None) -> Sequence[int] | None:
         """See `LogitsProcessor.parameters`."""
         return params.allowed_token_ids
 
@@ -58,7 +58,7 @@ class LogitBias(LogitsProcessor):
     order = 1
 
     @classmethod
-    def parameters(cls, params: SamplingParams) -> Mapping[int, float] | None:
+    def parameters(cls, params: SamplingParams, tokenizer: Tokenizer | None) -> Mapping[int, float] | None:
         """See `LogitsProcessor.parameters`."""
         return params.logit_bias or None
 
@@ -87,7 +87,7 @@ class MinTokens(LogitsProcessor):
     stage = Stage.BIAS
 
     @classmethod
-    def parameters(cls, params: SamplingParams) -> tuple[int, tuple[int, ...]] | None:
+    def parameters(cls, params: SamplingParams, tokenizer: Tokenizer | None) -> tuple[int, tuple[int, ...]] | None:
         """See `LogitsProcessor.parameters`."""
         return (params.min_tokens, tuple(params.stop_token_ids or ())) if params.min_tokens else None
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvloom.interfaces import LogitsProcessor, SequenceView, Stage
+from kvloom.interfaces import LogitsProcessor, SequenceView, Stage, Tokenizer
 from kvloom.params import SamplingParams
 from kvloom_kernels.sampling import top_p
 
@@ -35,7 +35,7 @@ class Temperature(NumberProcessor):
     stage = Stage.TEMPERATURE
 
     @classmethod
-    def parameters(cls, params: SamplingParams) -> float | None:
+    def parameters(cls, params: SamplingParams, tokenizer: Tokenizer | None) -> float | None:
         """See `LogitsProcessor.parameters`."""
         return None if params.is_greedy or params.temperature == 1.0 else params.temperature
 
@@ -54,7 +54,7 @@ class MinP(Filter):
     """Keeps tokens whose probability is at least ``min_p`` times the best one's (Nguyen et al., 2024)."""
 
     @classmethod
-    def parameters(cls, params: SamplingParams) -> float | None:
+    def parameters(cls, params: SamplingParams, tokenizer: Tokenizer | None) -> float | None:
         """See `LogitsProcessor.parameters`."""
         return params.min_p or None
 
@@ -70,7 +70,7 @@ class TopK(Filter):
     order = 1
 
     @classmethod
-    def parameters(cls, params: SamplingParams) -> int | None:
+    def parameters(cls, params: SamplingParams, tokenizer: Tokenizer | None) -> int | None:
         """See `LogitsProcessor.parameters`."""
         return params.top_k if params.top_k > 0 else None
 
@@ -87,7 +87,7 @@ class TopP(Filter):
     order = 2
 
     @classmethod
-    def parameters(cls, params: SamplingParams) -> float | None:
+    def parameters(cls, params: SamplingParams, tokenizer: Tokenizer | None) -> float | None:
         """See `LogitsProcessor.parameters`."""
         return params.top_p if params.top_p < 1 else None
 

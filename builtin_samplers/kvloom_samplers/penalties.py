@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvloom.interfaces import LogitsProcessor, SequenceView, Stage
+from kvloom.interfaces import LogitsProcessor, SequenceView, Stage, Tokenizer
 from kvloom.params import SamplingParams
 from kvloom_samplers.bias import flat
 
@@ -70,14 +70,15 @@ class Penalties(LogitsProcessor):
     stage = Stage.PENALTY
 
     @classmethod
-    def parameters(cls, params: SamplingParams) -> Amounts | None:
+    def parameters(cls, params: SamplingParams, tokenizer: Tokenizer | None) -> Amounts | None:
         """See `LogitsProcessor.parameters`."""
         amounts = Amounts(params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
         return None if amounts == Amounts(1.0, 0.0, 0.0) else amounts
 
     def new_state(self, parameters: Amounts, sequence: SequenceView) -> SeenTokens:
         """See `LogitsProcessor.new_state`. Without a repetition penalty the prompt does not matter."""
-        return SeenTokens(parameters, sequence.prompt_token_ids if parameters.repetition != 1.0 else ())
+        amounts = Amounts(*parameters)
+        return SeenTokens(amounts, sequence.prompt_token_ids if amounts.repetition != 1.0 else ())
 
     def apply(self, logits: Tensor, states: Sequence[SeenTokens]) -> Tensor:
         """See `LogitsProcessor.apply`."""

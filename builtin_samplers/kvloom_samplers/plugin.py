@@ -18,8 +18,8 @@ def kvloom_register_samplers(registry: Registrar) -> None:
 def kvloom_register_logits_processors(registry: Registrar) -> None:
     """Those that `SamplingParams` has fields for; each looks for its own."""
     for name, target in (
-        ("allowed_token_ids", "bias:AllowedTokens"), ("min_tokens", "bias:MinTokens"), ("logit_bias", "bias:LogitBias"),
-        ("penalties", "penalties:Penalties"), ("temperature", "filters:Temperature"), ("min_p", "filters:MinP"),
+        ("allowed_token_ids", "bias:AllowedTokens"), ("bad_words", "bad_words:BadWords"), ("min_tokens", "bias:MinTokens"),
+        ("logit_bias", "bias:LogitBias"), ("functions", "functions:Functions"), ("penalties", "penalties:Penalties"), ("temperature", "filters:Temperature"), ("min_p", "filters:MinP"),
         ("top_k", "filters:TopK"), ("top_p", "filters:TopP"),
     ):
         registry.add(name, f"kvloom_samplers.{target}")

@@ -5,22 +5,26 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, ParamSpec, Self, TypeVar
 
-from tqdm import tqdm
-
 from kvloom.config import EngineConfig
-from kvloom.errors import EngineClosedError, RequestFailedError, RequestTypeError, RequestValidationError, UnsupportedFeatureError
+from kvloom.errors import EngineClosedError, RequestValidationError, UnsupportedFeatureError
+from kvloom.live_request import Call
 from kvloom.outputs import RequestOutput
-from kvloom.params import SamplingParams, check_int
-from kvloom.prompts import parse_prompts
+from kvloom.param_checks import check_int
+from kvloom.params import SamplingParams
+from kvloom.progress import Progress
+from kvloom.prompts import legacy_prompts, split_prompts
+from kvloom.request_arguments import OnError, check_on_error, one_each, pair_up, priorities_each
 from kvloom.running import RunningEngine
+from kvloom.start_report import PhaseTimer
 from kvloom.startup import start_engine
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_NOT_GIVEN: Any = object()
 
 
 def _warn_positional(init: Callable[P, None]) -> Callable[P, None]:
@@ -77,7 +81,8 @@ class LLM:
         compilation_config: Any = None,
         **kwargs: Any,
     ) -> None:
-        self._start(EngineConfig.from_kwargs(**_given(locals()), **kwargs))
+        given = _given(locals()) | kwargs
+        self._start(lambda: EngineConfig.from_kwargs(**given))
 
     @classmethod
     def from_config(cls, path: str | Path, **overrides: Any) -> Self:
@@ -89,11 +94,14 @@ class LLM:
             UnknownKeyError: ``file:line: unknown key`` with the near name.
         """
         llm = cls.__new__(cls)
-        llm._start(EngineConfig.from_file(path, **overrides))
+        llm._start(lambda: EngineConfig.from_file(path, **overrides))
         return llm
 
-    def _start(self, config: EngineConfig) -> None:
-        self._engine: RunningEngine | None = start_engine(config)
+    def _start(self, configure: Callable[[], EngineConfig]) -> None:
+        timer = PhaseTimer()
+        with timer.phase("configuration"):
+            config = configure()
+        self._engine: RunningEngine | None = start_engine(config, timer)
 
     @property
     def llm_engine(self) -> RunningEngine:
@@ -104,46 +112,91 @@ class LLM:
 
     def generate(
         self,
-        prompts: Any,
+        prompts: Any = _NOT_GIVEN,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        use_tqdm: bool = True,
+        prompt_token_ids: Any = None,
+        use_tqdm: bool | Callable[..., Any] = True,
         lora_request: Any = None,
         prompt_adapter_request: Any = None,
         guided_options_request: Any = None,
         priority: int | Sequence[int] | None = None,
+        *,
+        on_error: OnError = "raise",
     ) -> list[RequestOutput]:
-        """Complete prompts; results in their order.
+        """Complete prompts; results in their order. The caller's objects are not changed.
 
         Every prompt is checked before the first one is queued; when anything raises, nothing stays in the engine.
 
         Args:
             prompts: a text, a list of token ids, ``{"prompt": ...}``, ``{"prompt_token_ids": [...]}``, or a list of these.
             sampling_params: one for all, or one a prompt; None takes `get_default_sampling_params`.
-            use_tqdm: show a progress bar.
+            prompt_token_ids: of older versions: token ids beside or instead of `prompts`.
+            use_tqdm: show a progress bar, or a function that makes one.
             priority: lower is served earlier, with ``scheduling_policy="priority"``; one for all or one a prompt.
+            on_error: "return" puts an output with ``error`` in the place of a request that cannot be served or that fails.
 
         Raises:
             RequestValidationError, RequestTypeError: a bad prompt or parameter; nothing was computed.
             RequestFailedError: a request failed while it ran.
         """
-        for name, value in (("lora_request", lora_request), ("prompt_adapter_request", prompt_adapter_request),
-                            ("guided_options_request", guided_options_request)):
-            if value is not None:
-                raise UnsupportedFeatureError(name, value, "leave it out")
+        _refuse_later(lora_request=lora_request, prompt_adapter_request=prompt_adapter_request,
+                      guided_options_request=guided_options_request)
+        items = self._prompts(prompts, prompt_token_ids)
+        check_on_error(on_error)
+        engine, call = self.llm_engine, Call()
+        params = one_each(len(items), sampling_params, engine.defaults)
+        priorities = priorities_each(len(items), priority)
+        engine.submit(call, items, params, priorities, return_errors=on_error == "return")
+        return self._run(engine, call, len(items), use_tqdm, on_error)
+
+    def generate_iter(
+        self,
+        prompts: Iterable[Any],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        max_in_flight: int | None = None,
+        priority: int = 0,
+        on_error: OnError = "raise",
+    ) -> Iterator[RequestOutput]:
+        """Complete prompts from an iterable that is read as there is room, and yield outputs as they finish.
+
+        ``request_id`` counts up in the order in which prompts are read. Leaving the loop early forgets the requests under way. Other
+        calls may run meanwhile.
+
+        Args:
+            prompts: each in one of `generate`'s forms.
+            sampling_params: one for all, or an iterable that is read along.
+            max_in_flight: requests read and not yielded yet; None: twice ``max_num_seqs``, so that the engine never waits.
+            priority, on_error: as in `generate`, for all.
+
+        Raises:
+            RequestValidationError, RequestTypeError: as in `generate`; bad prompts raise when they are read.
+        """
+        check_on_error(on_error)
+        (checked_priority,) = priorities_each(1, priority)
         engine = self.llm_engine
-        parsed = parse_prompts(prompts)
-        params = self._one_each(len(parsed), sampling_params)
-        request_ids = engine.admit(parsed, params, _priorities(len(parsed), priority))
-        return self._run(engine, request_ids, use_tqdm)
+        bound = 2 * engine.config.scheduler.max_num_seqs if max_in_flight is None else check_int("max_in_flight", max_in_flight, 1)
+        pairs = pair_up(prompts, sampling_params, engine.defaults)
+        return self._iterate(engine, pairs, bound, checked_priority, on_error)
+
+    def _prompts(self, prompts: Any, prompt_token_ids: Any) -> list[Any]:
+        """One item a prompt, from today's or yesterday's arguments."""
+        if prompt_token_ids is None:
+            if prompts is _NOT_GIVEN:
+                raise RequestValidationError("Either prompts or prompt_token_ids must be provided.", "prompts")
+            return split_prompts(prompts)
+        if self.DEPRECATE_LEGACY:
+            warnings.warn("prompt_token_ids is deprecated: give [{'prompt_token_ids': [...]}, ...] as prompts", DeprecationWarning,
+                          stacklevel=3)
+        return legacy_prompts(None if prompts is _NOT_GIVEN else prompts, prompt_token_ids)
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What ``sampling_params=None`` means."""
-        return SamplingParams()
+        """What ``sampling_params=None`` means: what generation_config.json says, on top of ``SamplingParams()``. A new object."""
+        return self.llm_engine.defaults.clone()
 
     def get_tokenizer(self) -> Any:
         """The tokenizer library's own object."""
-        return self.llm_engine.need_tokenizer("get_tokenizer()").underlying
+        return self.llm_engine.rules.need_tokenizer("get_tokenizer()").underlying
 
     def apply_model(self, function: Callable[[Any], R]) -> list[R]:
         """Call `function` with the torch module on every worker, in process; one result a worker."""
@@ -165,38 +218,43 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _one_each(self, count: int, given: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
-        """The engine's own copies, one a prompt, checked again since the caller may have changed them."""
-        if given is None:
-            given = self.get_default_sampling_params()
-        if not isinstance(given, SamplingParams) and len(given) != count:
-            raise RequestValidationError(f"The lengths of prompts and params must be the same: {count} and {len(given)}.",
-                                         "sampling_params", len(given))
-        copies = [p.clone() if isinstance(p, SamplingParams) else p for p in
-                  ([given] * count if isinstance(given, SamplingParams) else given)]
-        for p in copies:
-            if not isinstance(p, SamplingParams):
-                raise RequestTypeError(f"sampling_params must be SamplingParams, got {type(p).__name__}", "sampling_params", p)
-            p.validate()
-        return copies
-
-    def _run(self, engine: RunningEngine, request_ids: Mapping[int, int], use_tqdm: bool) -> list[RequestOutput]:
-        """Step until the requests are done; on any exception forget them all."""
-        outputs: list[RequestOutput | None] = [None] * len(request_ids)
-        bar = tqdm(total=len(request_ids), desc="Processed prompts", dynamic_ncols=True, disable=not use_tqdm)
+    def _run(self, engine: RunningEngine, call: Call, count: int, use_tqdm: bool | Callable[..., Any],
+             on_error: OnError) -> list[RequestOutput]:
+        """Step until the call's requests are done; on any exception forget them all."""
+        outputs: dict[int, RequestOutput] = {}
         try:
-            while engine.has_work:
-                for sequence_id, output in engine.step():
-                    if isinstance(output, RequestFailedError):
-                        raise output
-                    outputs[request_ids[sequence_id]] = output
-                    bar.update()
-        except BaseException:
-            engine.abort(request_ids)
-            raise
+            with Progress(count, use_tqdm) as progress:
+                while True:
+                    for place, output in call.take():
+                        outputs[place] = _unless_failed(output, on_error)
+                        progress.finished(output)
+                    if not call.num_unfinished:
+                        break
+                    engine.step()
         finally:
-            bar.close()
-        return [_finished(o) for o in outputs]
+            engine.abort(call)
+        return [outputs[place] for place in range(count)]
+
+    def _iterate(self, engine: RunningEngine, pairs: Iterator[tuple[Any, SamplingParams]], bound: int, priority: int,
+                 on_error: OnError) -> Iterator[RequestOutput]:
+        call, place, exhausted = Call(), 0, False
+        try:
+            while True:
+                while not exhausted and call.num_unfinished < bound:
+                    pair = next(pairs, None)
+                    if pair is None:
+                        exhausted = True
+                    else:
+                        engine.submit(call, [pair[0]], [pair[1]], [priority], return_errors=on_error == "return", first_place=place)
+                        place += 1
+                for _, output in call.take():
+                    yield _unless_failed(output, on_error)
+                if exhausted and not call.num_unfinished:
+                    return
+                if call.num_unfinished:
+                    engine.step()
+        finally:
+            engine.abort(call)
 
 
 def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,16 +264,14 @@ def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
             if name in parameters and name not in ("self", "kwargs") and value is not parameters[name].default}
 
 
-def _priorities(count: int, given: int | Sequence[int] | None) -> list[int]:
-    """One a prompt, checked."""
-    values = [given or 0] * count if given is None or isinstance(given, int) else list(given)
-    if len(values) != count:
-        raise RequestValidationError(f"The lengths of prompts and priority must be the same: {count} and {len(values)}.",
-                                     "priority", given)
-    return [check_int("priority", v, -(2**31)) for v in values]
-
-
-def _finished(output: RequestOutput | None) -> RequestOutput:
-    if output is None:
-        raise RequestFailedError("a request ended without an output")
+def _unless_failed(output: RequestOutput, on_error: OnError) -> RequestOutput:
+    if output.error is not None and on_error == "raise":
+        raise output.error
     return output
+
+
+def _refuse_later(**arguments: Any) -> None:
+    """Raises `UnsupportedFeatureError` for the first that was given."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise UnsupportedFeatureError(name, value, "leave it out")

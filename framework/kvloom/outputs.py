@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvloom.errors import KvloomError
+
 
 @dataclass(slots=True)
 class Logprob:
@@ -27,6 +29,7 @@ class RequestMetrics:
         num_cached_tokens: prompt tokens taken from the prefix cache at the first scheduling.
         num_preemptions: how often it had to give way.
         num_recomputed_tokens: tokens computed again after that.
+        num_generation_tokens: output tokens of all its completions.
     """
 
     arrival_time: float
@@ -38,6 +41,35 @@ class RequestMetrics:
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     num_recomputed_tokens: int = 0
+    num_generation_tokens: int = 0
+
+    @property
+    def time_in_prefill(self) -> float | None:
+        """From the first scheduling to the first token."""
+        return _between(self.first_scheduled_time, self.first_token_time)
+
+    @property
+    def first_token_latency(self) -> float | None:
+        """From the arrival to the first token."""
+        return _between(self.arrival_time, self.first_token_time)
+
+    @classmethod
+    def of(cls, sequences: Sequence[RequestMetrics]) -> RequestMetrics:
+        """Those of a request from those of its sequences: the first one's beginning, the last one's end, and sums."""
+        first = sequences[0]
+        return cls(
+            first.arrival_time, first.first_scheduled_time,
+            min((m.first_token_time for m in sequences if m.first_token_time is not None), default=None),
+            max((m.last_token_time for m in sequences if m.last_token_time is not None), default=None),
+            max((m.finished_time for m in sequences if m.finished_time is not None), default=None),
+            first.time_in_queue, first.num_cached_tokens,
+            sum(m.num_preemptions for m in sequences), sum(m.num_recomputed_tokens for m in sequences),
+            sum(m.num_generation_tokens for m in sequences),
+        )
+
+
+def _between(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else end - start
 
 
 @dataclass(slots=True)
@@ -66,6 +98,16 @@ class CompletionOutput:
         """Whether it will grow no more."""
         return self.finish_reason is not None
 
+    def append(self, delta: CompletionOutput) -> None:
+        """Take over what came after it."""
+        self.text += delta.text
+        self.token_ids = [*self.token_ids, *delta.token_ids]
+        if delta.logprobs is not None:
+            self.logprobs = [*(self.logprobs or ()), *delta.logprobs]
+        if delta.cumulative_logprob is not None:
+            self.cumulative_logprob = delta.cumulative_logprob
+        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+
 
 @dataclass(slots=True)
 class RequestOutput:
@@ -80,6 +122,8 @@ class RequestOutput:
         finished: True for everything that `LLM` returns.
         metrics: see `RequestMetrics`.
         num_cached_tokens: prompt tokens taken from the prefix cache, a multiple of the block size.
+        lora_request, encoder_prompt, encoder_prompt_token_ids, multi_modal_placeholders: of requests that have such things.
+        error: why it failed, with ``on_error="return"``; `outputs` then holds what there was.
     """
 
     request_id: str
@@ -94,3 +138,22 @@ class RequestOutput:
     encoder_prompt: str | None = None
     encoder_prompt_token_ids: list[int] | None = None
     multi_modal_placeholders: dict[str, Any] = field(default_factory=dict)
+    error: KvloomError | None = None
+
+    def add(self, next_output: RequestOutput, aggregate: bool = True) -> None:
+        """Take a later output of the same request over, by completion index.
+
+        Args:
+            aggregate: its completions hold what is new (DELTA) and are appended; False: they replace those of the same index.
+        """
+        self.finished |= next_output.finished
+        self.metrics, self.error = next_output.metrics, next_output.error or self.error
+        ours = {c.index: place for place, c in enumerate(self.outputs)}
+        for theirs in next_output.outputs:
+            place = ours.get(theirs.index)
+            if place is None:
+                self.outputs.append(theirs)
+            elif aggregate:
+                self.outputs[place].append(theirs)
+            else:
+                self.outputs[place] = theirs

@@ -8,24 +8,40 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import Any
+from typing import Any, Self
 
-from kvloom.errors import RequestValidationError, UnsupportedFeatureError, shown
+from kvloom.errors import RequestValidationError, UnsupportedFeatureError
+from kvloom.logs import get_logger
+from kvloom.param_checks import (
+    MAX_LISTED,
+    check_bias,
+    check_bool,
+    check_callables,
+    check_extra_args,
+    check_ids,
+    check_int,
+    check_number,
+    check_texts,
+)
 
 MAX_SEQUENCES_PER_REQUEST = 16384
-"""Bound of n."""
+"""Bound of n and best_of."""
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy."""
-MAX_STOPS = 64
-"""Bound of the number of stop strings."""
-MAX_STOP_LENGTH = 1024
-"""Bound of a stop string's characters."""
-MAX_LISTED = 2**20
-"""Bound of lists of token ids."""
 MIN_TEMPERATURE = 0.01
 """Smallest temperature that is not greedy; smaller ones are raised to it."""
+MAX_TEMPERATURE = 2.0
+"""Largest temperature."""
+MAX_STOPS = 64
+"""Bound of the number of stop strings."""
+MAX_BAD_WORDS = 128
+"""Bound of the number of bad words."""
+MAX_TEXT_LENGTH = 1024
+"""Bound of the characters of a stop string or bad word."""
+BIAS_RANGE = 100.0
+"""`SamplingParams.from_optional` clamps biases to [-100, 100], as OpenAI's API does."""
 
 
 class RequestOutputKind(IntEnum):
@@ -36,57 +52,44 @@ class RequestOutputKind(IntEnum):
     FINAL_ONLY = 2
 
 
-def check_number(name: str, value: object, low: float, high: float, *, above_low: bool = False) -> float:
-    """A finite number in [low, high] ((low, high] with `above_low`), else `RequestValidationError`."""
-    # NaN fails every comparison, and an int may be too large for a float.
-    if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high and not (above_low and value == low):
-        return float(value)
-    opening = "(" if above_low else "["
-    raise RequestValidationError(f"{name} must be a finite number in {opening}{low}, {high}], got {shown(value)}", name, value)
-
-
-def check_int(name: str, value: object, low: int, high: int = 2**31 - 1) -> int:
-    """An int (no bool) in [low, high], else `RequestValidationError`."""
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise RequestValidationError(f"{name} must be an integer in [{low}, {high}], got {shown(value)}", name, value)
-    return value
-
-
-def check_bool(name: str, value: object) -> bool:
-    """True or False, else `RequestValidationError`."""
-    if not isinstance(value, bool):
-        raise RequestValidationError(f"{name} must be True or False, got {shown(value)}", name, value)
-    return value
-
-
 @dataclass
 class SamplingParams:
     """How to generate. Positional in field order, as vLLM's.
 
-    Every field of vLLM's is here; those that are not built yet (docs/api.md lists them) raise `UnsupportedFeatureError` unless they
-    have their default.
-
     Args:
-        temperature: 0 is greedy; between 0 and 0.01 is raised to 0.01.
-        seed: -1 and None mean: derived from the engine's seed and the request's number.
+        n: completions to return: independent samples that share the prompt's KV blocks. Greedy ones would be equal: only 1.
+        best_of: completions to sample, of which the n with the largest cumulative log-probability are returned.
+        presence_penalty, frequency_penalty: taken from logits of output tokens, once or per occurrence, in [-2, 2].
+        repetition_penalty: divides (if positive) or multiplies logits of prompt and output tokens; above 0, 1 is off.
+        temperature: 0 is greedy; between 0 and 0.01 is raised to 0.01; at most 2.
         top_p: the smallest set of tokens with this probability, in (0, 1]; 1 is off.
         top_k: so many best tokens, ties included; -1 and 0 are off.
         min_p: tokens with this share of the best one's probability, in [0, 1]; 0 is off.
-        presence_penalty, frequency_penalty: taken from logits of output tokens, once or per occurrence, in [-2, 2].
-        repetition_penalty: divides (if positive) or multiplies logits of prompt and output tokens; above 0, 1 is off.
-        logit_bias: token id -> number that is added.
-        allowed_token_ids: all others are forbidden.
-        min_tokens: end-of-text and stop tokens are forbidden before; at most max_tokens.
+        seed: -1 and None mean: derived from the engine's seed and the request's number.
         stop: texts that end the output; the first in the list that the new text completes. They wait for min_tokens too.
-        include_stop_str_in_output: keep the stop string (or the stop token's text) in the text.
         stop_token_ids: end the output; the token is kept in token_ids and left out of the text.
+        bad_words: texts whose last token is forbidden where the output ends with the tokens before it.
         ignore_eos: neither the tokenizer's nor generation_config's end tokens stop; stop_token_ids still do.
         max_tokens: None means up to the model's maximum length.
+        min_tokens: end-of-text and stop tokens are forbidden before; at most max_tokens.
+        logprobs: candidates to return with each output token, besides itself; -1 is the whole vocabulary.
+        prompt_logprobs: the same for prompt tokens; such a request does not read the prefix cache.
         detokenize: False leaves the output text empty.
+        skip_special_tokens: leave special tokens out of the text.
+        spaces_between_special_tokens: for tokenizers in Python, where special tokens are kept.
+        logits_processors: functions ``(output_ids, logits [V]) -> logits`` or ``(prompt_ids, output_ids, logits) -> logits``, in
+            process only. They run after logit_bias and before the penalties.
+        include_stop_str_in_output: keep the stop string (or the stop token's text) in the text.
+        truncate_prompt_tokens: keep only the last so many prompt tokens; -1: as many as leave room for one output token.
+        output_kind: taken and copied; `LLM` returns finished outputs only.
+        guided_decoding: not supported so far.
+        logit_bias: token id -> number that is added.
+        allowed_token_ids: all others are forbidden.
+        extra_args: name of a logits processor -> its parameters.
 
     Raises:
         RequestValidationError: a value is out of range or of the wrong type.
-        UnsupportedFeatureError: see above.
+        UnsupportedFeatureError: structured output, so far.
     """
 
     n: int = 1
@@ -122,13 +125,33 @@ class SamplingParams:
     def __post_init__(self) -> None:
         self.validate()
 
+    @classmethod
+    def from_optional(cls, **values: Any) -> Self:
+        """The same with None for "the default"; keys of `logit_bias` may be texts, its values are clamped to [-100, 100]."""
+        bias = values.get("logit_bias")
+        if isinstance(bias, dict):
+            values["logit_bias"] = {_as_id(i): min(BIAS_RANGE, max(-BIAS_RANGE, check_number("logit_bias", b, -1e30, 1e30)))
+                                    for i, b in bias.items()}
+        return cls(**{name: value for name, value in values.items() if value is not None or name == "max_tokens"})
+
     def validate(self) -> None:
-        """Check every field; normalise seed and temperature. Called at construction and at admission."""
-        for f in fields(self):
-            if f.name in UNSUPPORTED_SAMPLING and not _is_default(f.default, getattr(self, f.name)):
-                raise UnsupportedFeatureError(f.name, getattr(self, f.name), f"leave it at {f.default!r}")
-        self.temperature = check_number("temperature", self.temperature, 0.0, 1e6)
+        """Check every field and bring it to one form. Called at construction and at admission."""
+        self._check_numbers()
+        self._check_lengths()
+        self._check_lists()
+        self._check_text()
+        if self.is_greedy:
+            if self.num_sequences > 1:
+                raise RequestValidationError("n and best_of must be 1 when temperature is 0: all greedy completions are the same",
+                                             "n", self.num_sequences)
+            self.top_p, self.top_k, self.min_p = 1.0, -1, 0.0
+        if self.guided_decoding is not None:
+            raise UnsupportedFeatureError("guided_decoding", self.guided_decoding, "leave it at None")
+
+    def _check_numbers(self) -> None:
+        self.temperature = check_number("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
         if GREEDY_BELOW <= self.temperature < MIN_TEMPERATURE:
+            get_logger().warning("temperature raised", given=self.temperature, used=MIN_TEMPERATURE)
             self.temperature = MIN_TEMPERATURE
         self.top_p = check_number("top_p", self.top_p, 0.0, 1.0, above_low=True)
         check_int("top_k", self.top_k, -1)
@@ -139,69 +162,112 @@ class SamplingParams:
         if self.seed is not None:
             check_int("seed", self.seed, -(2**63), 2**64 - 1)
             self.seed = None if self.seed == -1 else self.seed
+
+    def _check_lengths(self) -> None:
+        check_int("n", self.n, 1, MAX_SEQUENCES_PER_REQUEST)
+        if self.best_of is not None:
+            check_int("best_of", self.best_of, self.n, MAX_SEQUENCES_PER_REQUEST)
+            if self.best_of != self.n and self.output_kind is RequestOutputKind.DELTA:
+                raise RequestValidationError("with output_kind=DELTA best_of must equal n: the best are only known at the end",
+                                             "best_of", self.best_of)
         if self.max_tokens is not None:
             check_int("max_tokens", self.max_tokens, 1)
         check_int("min_tokens", self.min_tokens, 0, self.max_tokens if self.max_tokens is not None else 2**31 - 1)
-        for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
-            check_bool(name, getattr(self, name))
-        if self.stop_strings and not self.detokenize:
-            raise RequestValidationError("stop strings are found in text, so they need detokenize=True", "stop", self.stop)
-        self.stop_token_ids = _check_ids("stop_token_ids", self.stop_token_ids)
-        self.allowed_token_ids = _check_ids("allowed_token_ids", self.allowed_token_ids)
+        if self.truncate_prompt_tokens not in (None, -1):
+            check_int("truncate_prompt_tokens", self.truncate_prompt_tokens, 1)
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if isinstance(value, bool):  # vLLM's scripts say True for "that of the token itself and the best one"
+                setattr(self, name, 1 if value else None)
+            elif value is not None:
+                check_int(name, value, -1)
+
+    def _check_lists(self) -> None:
+        self.stop_token_ids = check_ids("stop_token_ids", self.stop_token_ids)
+        self.allowed_token_ids = check_ids("allowed_token_ids", self.allowed_token_ids)
         if self.allowed_token_ids == []:
             raise RequestValidationError("allowed_token_ids must name at least one token, or be None", "allowed_token_ids", [])
         if self.logit_bias is not None:
-            self.logit_bias = _check_bias(self.logit_bias)
+            self.logit_bias = check_bias(self.logit_bias)
+        check_callables("logits_processors", self.logits_processors)
+        check_extra_args("extra_args", self.extra_args)
+
+    def _check_text(self) -> None:
+        for name in ("ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output"):
+            check_bool(name, getattr(self, name))
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise RequestValidationError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}", "output_kind",
+                                         self.output_kind)
+        check_texts("bad_words", self.bad_words or (), MAX_BAD_WORDS, MAX_TEXT_LENGTH)
+        if self.stop_strings and not self.detokenize:
+            raise RequestValidationError("stop strings are found in text, so they need detokenize=True", "stop", self.stop)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple. Raises `RequestValidationError` when it is anything but a text or a list of texts."""
-        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        sound = (isinstance(given, list | tuple) and len(given) <= MAX_STOPS
-                 and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in given))
-        if not sound:
-            raise RequestValidationError(f"stop must be a text or a list of at most {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} "
-                                         f"characters, got {shown(self.stop)}", "stop", self.stop)
-        return tuple(given)
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or ()
+        return check_texts("stop", given, MAX_STOPS, MAX_TEXT_LENGTH)
+
+    @property
+    def output_text_buffer_length(self) -> int:
+        """Characters that a stream holds back, since they may begin a stop string."""
+        return 0 if self.include_stop_str_in_output else max(map(len, self.stop_strings), default=1) - 1
+
+    @property
+    def num_sequences(self) -> int:
+        """Completions to sample."""
+        return self.n if self.best_of is None else self.best_of
+
+    @property
+    def num_candidates(self) -> int:
+        """Candidates wanted with each output token: -1 none, 0 itself only (`best_of` ranks by it). See `with_vocabulary`."""
+        if self.logprobs is not None:
+            return self.logprobs
+        return 0 if self.num_sequences > self.n else -1
 
     @property
     def is_greedy(self) -> bool:
         """Whether the best token is taken."""
         return self.temperature < GREEDY_BELOW
 
-    def clone(self) -> SamplingParams:
-        """An independent copy."""
-        return copy.deepcopy(self)
+    def clone(self) -> Self:
+        """An independent copy. Functions are not copied: they may hold whatever their author likes."""
+        shared = {id(f): f for f in self.logits_processors or ()}
+        return copy.deepcopy(self, shared)
+
+    def with_vocabulary(self, vocab_size: int, max_logprobs: int) -> Self:
+        """A checked copy whose numbers of candidates are those of this model.
+
+        Raises:
+            RequestValidationError: more candidates than `max_logprobs` (-1: the whole vocabulary), or ids out of the vocabulary.
+        """
+        own = self.clone()
+        own.validate()
+        for name in ("logprobs", "prompt_logprobs"):
+            wanted = getattr(own, name)
+            if wanted is None:
+                continue
+            most = vocab_size if max_logprobs == -1 else min(max_logprobs, vocab_size)
+            wanted = vocab_size if wanted == -1 else min(wanted, vocab_size)
+            if wanted > most:
+                raise RequestValidationError(f"{name}={getattr(self, name)} asks for {wanted} candidates a token, the engine gives at "
+                                             f"most {most}; raise max_logprobs of the LLM (-1: no bound)", name, getattr(self, name))
+            setattr(own, name, wanted)
+        bad = next((i for i in own.stop_token_ids or () if i >= vocab_size), None)
+        if bad is not None:
+            raise RequestValidationError(f"stop_token_ids has the token id {bad}, which is out of vocabulary: ids are 0 to "
+                                         f"{vocab_size - 1}", "stop_token_ids", bad)
+        return own
 
 
-UNSUPPORTED_SAMPLING = frozenset({
-    "n", "best_of", "bad_words", "logprobs", "prompt_logprobs", "spaces_between_special_tokens", "logits_processors",
-    "truncate_prompt_tokens", "guided_decoding", "extra_args",
-})
-"""Fields that only take their default so far."""
+def _as_id(key: object) -> object:
+    """A token id that JSON turned into a text is a number again; everything else is left for the check."""
+    return int(key) if isinstance(key, str) and key.isdecimal() else key
 
 
-def _check_ids(name: str, value: object) -> list[int] | None:
-    """A list of token ids, or None."""
-    if value is None:
-        return None
-    if not isinstance(value, list | tuple) or len(value) > MAX_LISTED:
-        raise RequestValidationError(f"{name} must be a list of at most {MAX_LISTED} integers, got {shown(value)}", name, value)
-    return [check_int(name, i, 0) for i in value]
-
-
-def _check_bias(value: object) -> dict[int, float]:
-    """Token id -> finite number."""
-    if not isinstance(value, dict) or len(value) > MAX_LISTED:
-        raise RequestValidationError(f"logit_bias must map at most {MAX_LISTED} token ids to numbers, got {shown(value)}", "logit_bias",
-                                     value)
-    return {check_int("logit_bias", i, 0): check_number("logit_bias", b, -1e6, 1e6) for i, b in value.items()}
-
-
-def _is_default(default: object, value: object) -> bool:
-    """Equal to the default, or another spelling of "nothing" (empty list, top_k 0)."""
-    same = isinstance(value, bool) == isinstance(default, bool) and value == default
-    return default is MISSING or same or (default is None and value in ([], {}))
+def field_names() -> list[str]:
+    """Every field of `SamplingParams`, in order."""
+    return [f.name for f in fields(SamplingParams)]
 
 
 @dataclass
@@ -210,3 +276,6 @@ class PoolingParams:
 
     task: str = "embed"
     dimensions: int | None = None
+
+
+__all__ = ["MAX_LISTED", "PoolingParams", "RequestOutputKind", "SamplingParams", "check_int", "field_names"]

@@ -9,15 +9,19 @@ from typing import Any, NotRequired, TypedDict
 from kvloom.errors import RequestTypeError, RequestValidationError, UnsupportedFeatureError, shown
 
 FORMS = "a text, a list of token ids, {'prompt': text}, {'prompt_token_ids': [...]}, or a list of these"
-LATER_KEYS = ("multi_modal_data", "mm_processor_kwargs", "token_type_ids", "prompt_embeds", "cache_salt", "multi_modal_uuids",
-              "encoder_prompt", "decoder_prompt")
+LATER_KEYS = ("multi_modal_data", "mm_processor_kwargs", "token_type_ids", "prompt_embeds", "multi_modal_uuids")
 """Keys of vLLM's prompt dicts that are not supported so far."""
+ENCODER_KEYS = ("encoder_prompt", "decoder_prompt")
+"""Keys of prompts for encoder-decoder models."""
+MAX_SALT_LENGTH = 1024
+"""Bound of a cache salt's characters."""
 
 
 class TextPrompt(TypedDict):
-    """A text; the tokenizer adds its special tokens."""
+    """A text; the tokenizer adds its special tokens. Prompts of different `cache_salt` share no KV blocks."""
 
     prompt: str
+    cache_salt: NotRequired[str]
 
 
 class TokensPrompt(TypedDict):
@@ -25,6 +29,7 @@ class TokensPrompt(TypedDict):
 
     prompt_token_ids: list[int]
     prompt: NotRequired[str]
+    cache_salt: NotRequired[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,26 +38,37 @@ class ParsedPrompt:
 
     text: str | None
     token_ids: tuple[int, ...] | None
+    cache_salt: str = ""
 
 
-def parse_prompts(prompts: Any) -> list[ParsedPrompt]:
-    """One `ParsedPrompt` a prompt, in order. See `FORMS`.
+def split_prompts(prompts: Any) -> list[Any]:
+    """One item a prompt, each still in any form: see `FORMS`.
 
     Raises:
-        RequestTypeError: something else.
-        RequestValidationError: a prompt without tokens.
-        UnsupportedFeatureError: a key of a later feature.
+        RequestTypeError: neither a prompt nor a sequence of prompts.
     """
     if isinstance(prompts, str | Mapping):
-        return [_parse(prompts)]
+        return [prompts]
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
         raise RequestTypeError(f"prompts must be {FORMS}; got {type(prompts).__name__}", "prompts", prompts)
     if prompts and all(_is_int(p) for p in prompts):
-        return [_parse(prompts)]
-    return [_parse(p) for p in prompts]
+        return [prompts]
+    return list(prompts)
 
 
-def _parse(prompt: Any) -> ParsedPrompt:
+def parse_prompts(prompts: Any) -> list[ParsedPrompt]:
+    """One `ParsedPrompt` a prompt, in order. Raises what `split_prompts` and `parse_prompt` raise."""
+    return [parse_prompt(p) for p in split_prompts(prompts)]
+
+
+def parse_prompt(prompt: Any) -> ParsedPrompt:
+    """A single prompt.
+
+    Raises:
+        RequestTypeError: none of the forms, or one for encoder-decoder models.
+        RequestValidationError: a prompt without tokens.
+        UnsupportedFeatureError: a key of a later feature.
+    """
     if isinstance(prompt, str):
         return ParsedPrompt(prompt, None)
     if isinstance(prompt, Mapping):
@@ -64,18 +80,22 @@ def _parse(prompt: Any) -> ParsedPrompt:
 
 def _parse_mapping(prompt: Mapping[Any, Any]) -> ParsedPrompt:
     for key in prompt:
+        if key in ENCODER_KEYS:
+            raise RequestTypeError("Cannot pass encoder-decoder prompt to decoder-only models: give a text or token ids", "prompts", key)
         if key in LATER_KEYS and prompt[key] is not None:
             raise UnsupportedFeatureError(f"prompt[{key!r}]", prompt[key], "leave it out")
-        if key not in ("prompt", "prompt_token_ids", *LATER_KEYS):
-            raise RequestTypeError(f"a prompt has no key {key!r}; it must contain 'prompt' or 'prompt_token_ids'", "prompts", key)
-    text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        if key not in ("prompt", "prompt_token_ids", "cache_salt", *LATER_KEYS):
+            raise RequestTypeError(f"a prompt has no key {shown(key)}; it must contain text, tokens, or embeddings, of which kvloom takes "
+                                   "'prompt' and 'prompt_token_ids'", "prompts", key)
+    text, ids, salt = prompt.get("prompt"), prompt.get("prompt_token_ids"), prompt.get("cache_salt")
     if text is not None and not isinstance(text, str):
         raise RequestTypeError(f"prompt['prompt'] must be a text, got {type(text).__name__}", "prompt", text)
-    if ids is not None:
-        return ParsedPrompt(text, _token_ids(ids))
-    if text is None:
-        raise RequestTypeError("a prompt must contain 'prompt' (text) or 'prompt_token_ids'", "prompts", dict(prompt))
-    return ParsedPrompt(text, None)
+    if salt is not None and not (isinstance(salt, str) and 0 < len(salt) <= MAX_SALT_LENGTH):
+        raise RequestValidationError(f"cache_salt must be a text of 1 to {MAX_SALT_LENGTH} characters, got {shown(salt)}", "cache_salt", salt)
+    if text is None and ids is None:
+        raise RequestTypeError("a prompt must contain text, tokens, or embeddings: give 'prompt' or 'prompt_token_ids'", "prompts",
+                               dict(prompt))
+    return ParsedPrompt(text, None if ids is None else _token_ids(ids), salt or "")
 
 
 def _token_ids(ids: Any) -> tuple[int, ...]:
@@ -97,3 +117,33 @@ def check_token_ids(token_ids: Sequence[int], vocab_size: int) -> None:
     bad = next(i for i in token_ids if not 0 <= i < vocab_size)
     raise RequestValidationError(f"Token id {shown(bad)} is out of vocabulary: ids of this model are 0 to {vocab_size - 1}",
                                  "prompt_token_ids", bad)
+
+
+def legacy_prompts(prompts: str | Sequence[str] | None, prompt_token_ids: Any) -> list[Any]:
+    """What ``generate(prompts, prompt_token_ids=...)`` of older versions means. Texts win; the ids are then only counted.
+
+    Raises:
+        RequestTypeError: ids that are neither a list of integers nor a list of such lists.
+        RequestValidationError: nothing at all, or different numbers of texts and ids.
+    """
+    ids = _legacy_ids(prompt_token_ids)
+    if prompts is None:
+        return [{"prompt_token_ids": i} for i in ids]
+    texts = split_prompts(prompts)
+    if len(texts) != len(ids):
+        raise RequestValidationError(f"The lengths of prompts and prompt_token_ids must be the same: {len(texts)} and {len(ids)}.",
+                                     "prompt_token_ids", len(ids))
+    return texts
+
+
+def _legacy_ids(given: Any) -> list[Sequence[int]]:
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+        raise RequestTypeError("prompt must be a string, array of strings, array of tokens, or array of token arrays", "prompt_token_ids",
+                               given)
+    if not given or list(given) == [[]]:
+        raise RequestValidationError("please provide at least one prompt", "prompt_token_ids", given)
+    if all(_is_int(i) for i in given):
+        return [given]
+    if all(isinstance(p, Sequence) and not isinstance(p, str) and all(_is_int(i) for i in p) for p in given):
+        return list(given)
+    raise RequestTypeError("prompt must be a string, array of strings, array of tokens, or array of token arrays", "prompt_token_ids", given)

@@ -2,97 +2,61 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kvloom.config import EngineConfig
-from kvloom.core import Engine, Finish, Request, RequestSpec
-from kvloom.errors import RequestFailedError, RequestValidationError
+from kvloom.core import Engine, Request, RequestSpec
+from kvloom.errors import KvloomError, RequestError, RequestFailedError, UnsupportedFeatureError
 from kvloom.hooks.loader import PluginSet
 from kvloom.hooks.origin import Origin
-from kvloom.interfaces import Executor, SequenceView, Tokenizer
+from kvloom.interfaces import Executor, Tokenizer
+from kvloom.live_request import Call, LiveRequest, LiveSequence, OnText
 from kvloom.logs import get_logger
-from kvloom.outputs import RequestOutput
+from kvloom.outputs import RequestMetrics, RequestOutput
 from kvloom.params import SamplingParams
-from kvloom.prompts import ParsedPrompt, check_token_ids
+from kvloom.prompts import ParsedPrompt, parse_prompt
+from kvloom.request_rules import RequestRules
 from kvloom.start_report import StartReport
-from kvloom.text.output import output_text, request_output, stopped_by_token
-from kvloom.text.stop_strings import StopStringWatch
+from kvloom.text.output import request_output
+from kvloom.text.sequence_text import SequenceText
 
 if TYPE_CHECKING:
-    from kvloom.runtime.logits import LogitsPipeline
     from kvloom.runtime.memory import MemoryPlan
 
-
-@dataclass(frozen=True, slots=True)
-class RequestRules:
-    """What turns a prompt and its parameters into a request of this engine.
-
-    Args:
-        seed: the engine's, for requests without one.
-        vocab_size: ids that the model embeds.
-        eos_token_id, extra_eos_token_ids: see `RequestSpec`.
-        cache_root: of this model, see `RequestSpec`.
-    """
-
-    seed: int
-    vocab_size: int
-    eos_token_id: int | None
-    extra_eos_token_ids: frozenset[int]
-    cache_root: bytes
-
-    @classmethod
-    def of(cls, seed: int, vocab_size: int, end_token_ids: Sequence[int], tokenizer: Tokenizer | None,
-           cache_root: bytes) -> RequestRules:
-        """The end of text is the tokenizer's; without one, the first of `end_token_ids`."""
-        eos = tokenizer.eos_token_id if tokenizer is not None else None
-        if eos is None and end_token_ids:
-            eos = end_token_ids[0]
-        return cls(seed, vocab_size, eos, frozenset(end_token_ids) - {eos}, cache_root)
-
-    def spec(self, token_ids: Sequence[int], sampling: SamplingParams, number: int, priority: int) -> RequestSpec:
-        """One request. `number` counts requests over the life of the engine: without a seed equal prompts differ, a rerun repeats."""
-        seed = sampling.seed
-        if seed is None:
-            seed = int.from_bytes(blake2b(struct.pack("<QQ", self.seed % 2**64, number), digest_size=8).digest(), "little")
-        return RequestSpec(tuple(token_ids), sampling, priority, self.eos_token_id, self.extra_eos_token_ids, seed % 2**64,
-                           cache_root=self.cache_root)
-
-
-@dataclass(frozen=True, slots=True)
-class _Admitted:
-    """A request in the engine: its public id, its prompt's text, and its own text where stop strings are looked for."""
-
-    request_id: str
-    text: str | None
-    watch: StopStringWatch | None = None
+REFUSALS = (RequestError, UnsupportedFeatureError)
+"""What a bad request raises."""
 
 
 class RunningEngine:
-    """Owns the parts of an engine. Not thread-safe.
+    """Owns the parts of an engine. Not thread-safe; several calls may be under way in one thread.
 
     Args:
         config: it was started with.
-        pipeline: the logits processors, for checking requests.
+        rules: what requests become.
+        defaults: sampling parameters of requests that bring none.
         plan: the memory plan that its worker follows.
         report: what the start took and chose.
     """
 
-    def __init__(self, config: EngineConfig, engine: Engine, executor: Executor, plugins: PluginSet, tokenizer: Tokenizer | None,
-                 rules: RequestRules, pipeline: LogitsPipeline, plan: MemoryPlan, report: StartReport) -> None:
+    def __init__(self, config: EngineConfig, engine: Engine, executor: Executor, plugins: PluginSet, rules: RequestRules,
+                 defaults: SamplingParams, plan: MemoryPlan, report: StartReport) -> None:
         self.config, self.engine, self.executor, self.plugins = config, engine, executor, plugins
-        self.tokenizer, self.rules, self.plan, self.report = tokenizer, rules, plan, report
-        self._pipeline = pipeline
-        self._admitted: dict[int, _Admitted] = {}
+        self.rules, self.defaults, self.plan, self.report = rules, defaults, plan, report
+        self._live: dict[int, tuple[LiveRequest, LiveSequence]] = {}
         self._next_number = 0
 
     @property
     def model_name(self) -> str:
         """See `EngineInfo`."""
         return self.config.model.model
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None with ``skip_tokenizer_init``."""
+        return self.rules.tokenizer
 
     @property
     def has_work(self) -> bool:
@@ -107,95 +71,128 @@ class RunningEngine:
 
     def announce(self) -> None:
         """Tell observers that the engine is ready."""
-        get_logger().info("engine started", model=self.model_name, seconds=round(self.report.total_s, 2),
-                          blocks=self.plan.num_blocks, tokens=self.plan.capacity_tokens)
         self._observe("kvloom_engine_started", self)
 
-    def admit(self, prompts: Sequence[ParsedPrompt], params: Sequence[SamplingParams], priorities: Sequence[int]) -> dict[int, int]:
-        """Check and queue all prompts, or none: sequence id -> place in `prompts`.
+    # -- requests come
+
+    def submit(self, call: Call, prompts: Sequence[Any], params: Sequence[SamplingParams], priorities: Sequence[int], *,
+               return_errors: bool = False, on_text: OnText | None = None, first_place: int = 0) -> None:
+        """Check and queue all prompts, or none.
+
+        Args:
+            call: gets the outputs.
+            prompts: in any form that `parse_prompt` takes.
+            return_errors: a prompt that cannot be served becomes an output with the error, and the others are queued.
+            first_place: place of the first prompt in the call.
 
         Raises:
-            RequestValidationError: one of them cannot be served.
+            RequestError, UnsupportedFeatureError: one of them cannot be served, and `return_errors` is False.
         """
-        specs = [self.rules.spec(self._encode(prompt), sampling, self._next_number + i, priority)
-                 for i, (prompt, sampling, priority) in enumerate(zip(prompts, params, priorities, strict=True))]
-        for spec in specs:  # what processors refuse, they refuse here; the worker makes its own states
-            self._pipeline.start(SequenceView(-1, spec.sample_index, spec.prompt_token_ids, spec.sampling, self.rules.vocab_size,
-                                              spec.end_token_ids))
-        admitted = [_Admitted(str(self._next_number + i), prompt.text, self._watch(spec))
-                    for i, (spec, prompt) in enumerate(zip(specs, prompts, strict=True))]
-        places: dict[int, int] = {}
+        ready: list[tuple[LiveRequest, list[RequestSpec]]] = []
+        refused: list[tuple[LiveRequest, KvloomError]] = []
+        for i, (prompt, sampling, priority) in enumerate(zip(prompts, params, priorities, strict=True)):
+            live = LiveRequest(str(self._next_number + i), None, first_place + i, call, on_text)
+            try:
+                parsed = parse_prompt(prompt)
+                live.prompt = parsed.text
+                ready.append((live, self._checked(parsed, sampling, self._next_number + i, priority)))
+            except REFUSALS as error:
+                if not return_errors:
+                    raise
+                refused.append((live, error))
+        refused += self._queue(ready, return_errors=return_errors)
+        self._next_number += len(prompts)
+        for live, reason in refused:
+            call.deliver(live.place, _refusal(live, reason))
+
+    def _checked(self, prompt: ParsedPrompt, params: SamplingParams, number: int, priority: int) -> list[RequestSpec]:
+        specs = self.rules.specs(prompt, params, number, priority)
+        arrival_s = time.monotonic()
+        return [replace(s, arrival_s=arrival_s) for s in specs]
+
+    def _queue(self, ready: Sequence[tuple[LiveRequest, list[RequestSpec]]], *,
+               return_errors: bool) -> list[tuple[LiveRequest, KvloomError]]:
+        """Hand them to the scheduler; those that it refuses, or with `return_errors` False: all or none."""
+        refused: list[tuple[LiveRequest, KvloomError]] = []
         try:
-            for place, (spec, about) in enumerate(zip(specs, admitted, strict=True)):
-                request = self.engine.add(spec)
-                places[request.sequence_id] = place
-                self._admitted[request.sequence_id] = about
+            for live, specs in ready:
+                live.call.pending[live.place] = live
+                try:
+                    self._add(live, specs)
+                except REFUSALS as error:
+                    if not return_errors:
+                        raise
+                    refused.append((live, error))
         except BaseException:
-            self.abort(places)
+            for live, _ in ready:
+                self._forget(live)
             raise
-        self._next_number += len(specs)
-        return places
+        return refused
 
-    def _watch(self, spec: RequestSpec) -> StopStringWatch | None:
-        if not spec.sampling.stop_strings:
+    def _add(self, live: LiveRequest, specs: Sequence[RequestSpec]) -> None:
+        leader: int | None = None
+        for spec in specs:
+            request = self.engine.add(replace(spec, leader=leader))
+            leader = request.sequence_id if leader is None else leader
+            sequence = LiveSequence(request, self._text(spec, live))
+            live.sequences.append(sequence)
+            self._live[request.sequence_id] = live, sequence
+        live.num_running = len(specs)
+
+    def _text(self, spec: RequestSpec, live: LiveRequest) -> SequenceText | None:
+        """Followed token by token where stop strings may end it or somebody reads along."""
+        if self.tokenizer is None or not (spec.sampling.stop_strings or live.on_text):
             return None
-        return StopStringWatch(self.need_tokenizer("stop strings"), spec.prompt_token_ids, spec.sampling)
+        return SequenceText(self.tokenizer, spec.prompt_token_ids, spec.sampling)
 
-    def _encode(self, prompt: ParsedPrompt) -> Sequence[int]:
-        token_ids: Sequence[int] | None = prompt.token_ids
-        if token_ids is None:
-            token_ids = self.need_tokenizer("text prompts").encode(prompt.text or "")
-        if not token_ids:
-            raise RequestValidationError("The prompt cannot be empty: the tokenizer made no token of it", "prompt", prompt.text)
-        check_token_ids(token_ids, self.rules.vocab_size)
-        return token_ids
+    # -- requests go
 
-    def need_tokenizer(self, what: str) -> Tokenizer:
-        """The tokenizer. Raises `RequestValidationError` that says what needs it."""
-        if self.tokenizer is None:
-            raise RequestValidationError(f"Unable to get tokenizer because skip_tokenizer_init is True, and {what} need one; "
-                                         "give prompt_token_ids", "prompt", what)
-        return self.tokenizer
-
-    def step(self) -> Iterator[tuple[int, RequestOutput | RequestFailedError]]:
-        """One step; ``(sequence id, output)`` of each request that ended, or why it failed."""
+    def step(self) -> None:
+        """One step; requests that end are delivered to their calls."""
         for request in self.engine.step():
-            admitted = self._admitted.get(request.sequence_id)
-            if admitted is None:
+            if request.sequence_id not in self._live:
                 continue
-            if admitted.watch is not None:
-                self._look_for_stops(request, admitted.watch)
-            if request.finish is not None:
-                yield request.sequence_id, self._end(request, request.finish)
+            live, sequence = self._live[request.sequence_id]
+            try:
+                piece = self._read(sequence, wanted=live.on_text is not None)
+            except Exception as error:  # noqa: BLE001  (a tokenizer that cannot decode fails this request, not the engine)
+                self._deliver(live, _decode_failure(live, error))
+                continue
+            if live.on_text is not None and piece:
+                live.on_text(request.spec.sample_index, piece)
+            live.num_running -= request.finish is not None
+            if request.error is not None or not live.num_running:
+                self._deliver(live, request.error)
 
-    def _look_for_stops(self, request: Request, watch: StopStringWatch) -> None:
-        """Feed new tokens; end the request at a stop string."""
-        new = request.token_ids[request.prompt_tokens + watch.num_tokens:]
-        found = watch.add(new[:-1] if stopped_by_token(request) and not request.spec.sampling.include_stop_str_in_output else new)
-        if found is None and request.finish is not None:
-            watch.finish()
-        elif found is not None and request.finish is None:
+    def _read(self, sequence: LiveSequence, *, wanted: bool) -> str:
+        """Follow a sequence's text as far as somebody needs it, and end it at a stop string; what may be shown of it now."""
+        request, text = sequence.request, sequence.text
+        if text is None:
+            return ""
+        found = text.follow(request)
+        if found is not None and request.finish is None:
             self.engine.finish(request.sequence_id, "stop", found)
+        return text.take() if wanted else ""
 
-    def _end(self, request: Request, finish: Finish) -> RequestOutput | RequestFailedError:
-        admitted = self._admitted.pop(request.sequence_id)
-        if finish.reason == "error":
-            return request.error or RequestFailedError(f"request {admitted.request_id} failed")
+    def _deliver(self, live: LiveRequest, error: KvloomError | None) -> None:
         try:
-            text = output_text(request, self.tokenizer) if admitted.watch is None else admitted.watch.text
-            output = request_output(admitted.request_id, admitted.text, request, text)
-        except Exception as error:  # noqa: BLE001  (a tokenizer that cannot decode fails this request, not the engine)
-            failure = RequestFailedError(f"request {admitted.request_id} cannot be decoded: {type(error).__name__}: {error}")
-            failure.__cause__ = error
-            return failure
+            output = request_output(live, self.tokenizer, error)
+        except Exception as raised:  # noqa: BLE001  (see `step`)
+            output = _refusal(live, error or _decode_failure(live, raised))
+        self._forget(live)
         self._observe("kvloom_request_finished", output)
-        return output
+        live.call.deliver(live.place, output)
 
-    def abort(self, sequence_ids: Iterable[int]) -> None:
-        """Forget requests, and finish the steps that still contain them."""
-        for sequence_id in sequence_ids:
-            self.engine.abort(sequence_id)
-            self._admitted.pop(sequence_id, None)
+    def _forget(self, live: LiveRequest) -> None:
+        for sequence in live.sequences:
+            self.engine.abort(sequence.request.sequence_id)
+            self._live.pop(sequence.request.sequence_id, None)
+        live.call.pending.pop(live.place, None)
+
+    def abort(self, call: Call) -> None:
+        """Forget what a call still waits for."""
+        for live in list(call.pending.values()):
+            self._forget(live)
 
     def reset_prefix_cache(self) -> bool:
         """See `LLM.reset_prefix_cache`."""
@@ -213,3 +210,17 @@ class RunningEngine:
                 observer(value)
             except Exception as error:  # noqa: BLE001  (see above)
                 get_logger().warning("observer failed", hook=hook, plugin=str(origin), error=repr(error), exc_info=error)
+
+
+def _decode_failure(live: LiveRequest, error: Exception) -> RequestFailedError:
+    failure = RequestFailedError(f"request {live.request_id} cannot be decoded: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
+
+
+def _refusal(live: LiveRequest, error: KvloomError) -> RequestOutput:
+    """The output of a request that has none."""
+    now_s = time.monotonic()
+    metrics = RequestMetrics(now_s, finished_time=now_s)
+    token_ids = list(live.sequences[0].request.spec.prompt_token_ids) if live.sequences else []
+    return RequestOutput(live.request_id, live.prompt, token_ids, None, [], True, metrics, error=error)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from kvloom.config import EngineConfig
-from kvloom.core import Engine, Scheduler, root_digest
+from kvloom.core import Engine, Scheduler
 from kvloom.errors import ConfigError, ManifestMismatchError, NotRegisteredError
 from kvloom.hooks.loader import PluginSet, load_plugins
-from kvloom.interfaces import Executor, Worker, WorkerReport
+from kvloom.interfaces import Executor, Worker
 from kvloom.logs import get_logger
-from kvloom.running import RequestRules, RunningEngine
+from kvloom.request_rules import EndTokens, RequestRules
+from kvloom.running import RunningEngine
 from kvloom.start_report import PhaseTimer, StartReport
 from kvloom.text.tokenizer import import_tokenizer, open_tokenizer
 
@@ -21,15 +21,17 @@ def load_config_plugins(config: EngineConfig) -> PluginSet:
     return load_plugins(config.selection, config.plugins.plugin_config, config.plugins.providers)
 
 
-def start_engine(config: EngineConfig) -> RunningEngine:
+def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
     """Build everything. When something raises, what was built before is given back.
+
+    Args:
+        timer: made when the start began.
 
     Raises:
         ConfigError, ModelError, PluginError: see `kvloom.errors`.
     """
     for note in config.notes:
         get_logger().info("configuration", note=note)
-    timer = PhaseTimer()
     with timer.phase("plugins"):
         plugins = load_config_plugins(config)
     with timer.phase("import torch"):
@@ -49,23 +51,29 @@ def start_engine(config: EngineConfig) -> RunningEngine:
         return worker.DeviceWorker(rank, config, plugins, source)
 
     try:
-        report = executor.start(make_worker, 1)[0]
+        with timer.phase("worker") as parts:
+            report = executor.start(make_worker, 1)[0]
+            parts += report.timings_s
         if report.manifest_hash != plugins.manifest.hash:
             raise ManifestMismatchError(f"worker {report.rank} resolved other plugins than the engine; use one installation for both")
         with timer.phase("KV cache"):
             executor.allocate(report.num_blocks)
-        plan = executor.call(worker.worker_plan)[0]
-        limits = config.limits(source.max_model_len, chunkable=executor.call(_chunkable)[0])
-        observers = [observe for _, observe in plugins.observers["kvloom_step_finished"]]
-        engine = Engine(Scheduler(limits, report.groups, report.num_blocks, policy), executor, observers)
-        rules = RequestRules.of(config.model.seed, source.config.vocab_size, source.end_token_ids, tokenizer,
-                                root_digest(str(source.directory)))
-        pipeline = logits.LogitsPipeline(logits.make_processors(plugins.registries["logits_processors"]))
-        running = RunningEngine(config, engine, executor, plugins, tokenizer, rules, pipeline, plan,
-                                _report(timer, report, plugins, dtype_name(source.dtype)))
+        with timer.phase("scheduler"):
+            plan = executor.call(worker.worker_plan)[0]
+            limits = config.limits(source.max_model_len, chunkable=executor.call(_chunkable)[0])
+            observers = [observe for _, observe in plugins.observers["kvloom_step_finished"]]
+            engine = Engine(Scheduler(limits, report.groups, report.num_blocks, policy), executor, observers)
+            rules = RequestRules(
+                config.model.seed, str(source.directory), source.config.vocab_size, source.max_model_len, config.features.max_logprobs,
+                limits.cached, EndTokens.of(source.end_token_ids, tokenizer), tokenizer,
+                logits.LogitsPipeline(logits.make_processors(plugins.registries["logits_processors"])))
+        notes = (f"dtype: {dtype_name(source.dtype)}", f"threads: {_threads()}", *report.notes, *plugins.notes)
+        start = StartReport(tuple(timer.phases), timer.elapsed_s, plan.num_blocks, plan.capacity_tokens, notes)
+        running = RunningEngine(config, engine, executor, plugins, rules, source.defaults, plan, start)
     except BaseException:
         executor.close()
         raise
+    start.log(running.model_name)
     running.announce()
     return running
 
@@ -74,19 +82,15 @@ def _chunkable(worker: Any) -> bool:
     return bool(worker.model.chunkable)
 
 
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
 def _component(plugins: PluginSet, kind: str, parameter: str, name: str) -> Any:
     """The class that a parameter names. Raises `ConfigError` that names the parameter."""
     try:
         return plugins.registries[kind].resolve(name).load()
     except NotRegisteredError as error:
         raise ConfigError(f"{parameter}={name!r}: {error}") from error
-
-
-def _report(timer: PhaseTimer, report: WorkerReport, plugins: PluginSet, dtype: str) -> StartReport:
-    import torch
-
-    threads = f"threads: {torch.get_num_threads()}"
-    for note in report.notes:
-        get_logger().info("worker", note=note)
-    phases: Mapping[str, float] = dict([*timer.phases, *report.timings_s])
-    return StartReport(tuple(phases.items()), (f"dtype: {dtype}", threads, *report.notes, *plugins.notes))

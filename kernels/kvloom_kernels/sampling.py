@@ -1,6 +1,8 @@
-"""Choosing from long vocabularies without sorting them; each with its plain-torch reference."""
+"""Choosing from long vocabularies without sorting them, and log-probabilities; each with its plain-torch reference."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from kvloom_kernels.native import library
 def top_p_reference(logits: Tensor, p: Tensor) -> Tensor:
     """Minus infinity for what is not among the best tokens whose probabilities add up to `p`; ties with the last one stay.
 
+    A row with a NaN stays as it is: whoever samples must see that it is broken.
+
     Args:
         logits: ``[r, V]`` float32, changed in place.
         p: ``[r]`` float32 in (0, 1].
@@ -20,6 +24,7 @@ def top_p_reference(logits: Tensor, p: Tensor) -> Tensor:
     mass = best.double().softmax(-1).cumsum(-1)
     before = mass.roll(1, dims=-1)
     before[:, 0] = 0
+    # A NaN sorts first and makes the mass NaN: it is the threshold then, and nothing is smaller than it.
     last = (before < p.double()[:, None]).sum(-1, keepdim=True).clamp_(min=1) - 1  # kept while the mass before it is too little
     return logits.masked_fill_(logits < best.gather(1, last), -torch.inf)
 
@@ -59,3 +64,68 @@ def draw(logits: Tensor, best: Tensor, uniform: Tensor) -> Tensor:
     library().kvloom_draw(pointer(logits), pointer(best), pointer(uniform), pointer(out), logits.shape[0], logits.shape[1],
                           torch.get_num_threads())
     return out
+
+
+LIST_LIMIT = 256
+"""The most best tokens that the kernel's sorted list keeps; above, torch sorts the vocabulary."""
+
+
+class TokenLogprobs(NamedTuple):
+    """One row of a batch a row; column 0 is the chosen token, columns 1 to k are the k best ones, best first."""
+
+    token_ids: Tensor
+    """``[r, 1 + k]`` int64."""
+    logprobs: Tensor
+    """``[r, 1 + k]`` float32: the logit less the logarithm of the sum of all exponentials."""
+    ranks: Tensor
+    """``[r, 1 + k]`` int64. The chosen token's is 1 + the number of tokens with a strictly larger logit, so tokens that tie share a
+    rank; that of the k best is their place 1 to k, where the lower token id goes first among ties. A chosen token that ties with
+    others may therefore have a smaller rank than place."""
+
+
+def token_logprobs_reference(logits: Tensor, token_ids: Tensor, k: int) -> TokenLogprobs:
+    """Log-probabilities and ranks of the chosen tokens and of the `k` best ones of each row.
+
+    A logit of minus infinity has the log-probability minus infinity. A row with NaN or plus infinity, or with nothing but minus
+    infinity, has no probabilities: all its logprobs are NaN, and which tokens are its best is not defined; they are k of its own.
+
+    Args:
+        logits: ``[r, V]`` of any floating dtype, not changed.
+        token_ids: ``[r]`` int64 in [0, V), the chosen tokens.
+        k: from 0, only the chosen token, to V.
+
+    Raises:
+        ValueError: `token_ids` or `k` out of range, or shapes or dtype that do not fit.
+    """
+    _check(logits, token_ids, k)
+    chosen = token_ids[:, None]
+    best = logits.sort(dim=-1, descending=True, stable=True).indices[:, :k] if k else token_ids.new_empty((len(token_ids), 0))
+    ids = torch.cat((chosen, best), dim=1)
+    larger = (logits > logits.gather(1, chosen)).sum(-1, keepdim=True)
+    places = torch.arange(1, k + 1, device=logits.device).expand(len(token_ids), k)
+    return TokenLogprobs(ids, logits.double().log_softmax(-1).gather(1, ids).float(), torch.cat((larger + 1, places), dim=1))
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> TokenLogprobs:
+    """See `token_logprobs_reference`. Two passes over each row, without sorting it, for up to `LIST_LIMIT` best tokens."""
+    if not (k <= LIST_LIMIT and token_ids.device == logits.device and is_native(logits) and logits.ndim == 2 and logits.stride(1) == 1):
+        return token_logprobs_reference(logits, token_ids, k)
+    _check(logits, token_ids, k)
+    (rows, size), token_ids = logits.shape, token_ids.contiguous()
+    out = TokenLogprobs(torch.empty((rows, 1 + k), dtype=torch.int64), torch.empty((rows, 1 + k)),
+                        torch.empty((rows, 1 + k), dtype=torch.int64))
+    library().kvloom_token_logprobs(pointer(logits), logits.stride(0), pointer(token_ids), k, *map(pointer, out), rows, size,
+                                    logits.dtype is torch.bfloat16, torch.get_num_threads())
+    return out
+
+
+def _check(logits: Tensor, token_ids: Tensor, k: int) -> None:
+    """Raises ValueError for what would make the kernel read or write out of bounds."""
+    if logits.ndim != 2 or token_ids.shape != logits.shape[:1] or token_ids.dtype is not torch.int64:
+        raise ValueError(f"logits [r, V] and int64 token_ids [r] are needed, not {list(logits.shape)} and {token_ids.dtype} "
+                         f"{list(token_ids.shape)}")
+    size = logits.shape[1]
+    if not 0 <= k <= size:
+        raise ValueError(f"k must be in 0 to {size}, the size of the vocabulary, not {k}")
+    if ((token_ids < 0) | (token_ids >= size)).any():
+        raise ValueError(f"token_ids must be in [0, {size})")

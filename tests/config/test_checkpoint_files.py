@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from kvloom.config.checkpoint import resolve_model_dir
-from kvloom.config.model_json import derive_max_model_len, parse_model_config, read_end_tokens, read_model_json
+from kvloom.config.generation import end_tokens, read_generation
+from kvloom.config.model_json import derive_max_model_len, parse_model_config, read_model_json
 from kvloom.errors import ModelError
 from kvloom.interfaces import ModelConfig
 
@@ -107,10 +108,10 @@ def test_how_long_sequences_may_be(rope: dict, tokens: int) -> None:
 
 def test_end_tokens_come_from_both_files(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 2]}')
-    assert read_end_tokens(tmp_path, {"eos_token_id": 2}) == (2, 7)
-    assert read_end_tokens(tmp_path / "nowhere", {}) == ()
+    assert end_tokens({"eos_token_id": 2}, read_generation(tmp_path, "auto", None)) == (2, 7)
+    assert end_tokens({}, read_generation(tmp_path / "nowhere", "auto", None)) == ()
     with pytest.raises(ModelError, match="eos_token_id"):
-        read_end_tokens(tmp_path, {"eos_token_id": "</s>"})
+        end_tokens({"eos_token_id": "</s>"}, {})
 
 
 def test_overrides_are_on_top(tmp_path: Path) -> None:

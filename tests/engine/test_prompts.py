@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvloom.errors import RequestTypeError, RequestValidationError, UnsupportedFeatureError
-from kvloom.prompts import ParsedPrompt, check_token_ids, parse_prompts
+from kvloom.prompts import ParsedPrompt, check_token_ids, legacy_prompts, parse_prompts
 
 TEXT, IDS = ParsedPrompt("a", None), ParsedPrompt(None, (1, 2))
 
@@ -33,10 +33,40 @@ def test_a_prompt_without_tokens_is_refused(given) -> None:
         parse_prompts(given)
 
 
-@pytest.mark.parametrize("key", ["multi_modal_data", "prompt_embeds", "encoder_prompt"])
+@pytest.mark.parametrize("key", ["multi_modal_data", "prompt_embeds", "token_type_ids"])
 def test_keys_of_later_features_are_refused_by_name(key: str) -> None:
     with pytest.raises(UnsupportedFeatureError, match=key):
         parse_prompts({"prompt": "a", key: {"x": 1}})
+
+
+@pytest.mark.parametrize("given", [{"encoder_prompt": "a", "decoder_prompt": None}, [{"prompt": "a", "encoder_prompt": {"x": 1}}]])
+def test_encoder_decoder_prompts_are_a_type_error(given) -> None:
+    with pytest.raises(RequestTypeError, match="Cannot pass encoder-decoder prompt to decoder-only models"):
+        parse_prompts(given)
+
+
+@pytest.mark.parametrize("salt", ["", 5, "x" * 1025])
+def test_a_cache_salt_is_a_short_text(salt) -> None:
+    assert parse_prompts({"prompt": "a", "cache_salt": "s"}) == [ParsedPrompt("a", None, "s")]
+    with pytest.raises(RequestValidationError, match="cache_salt"):
+        parse_prompts({"prompt": "a", "cache_salt": salt})
+
+
+@pytest.mark.parametrize(("prompts", "ids", "expected"), [
+    (None, [1, 2], [[1, 2]]), (None, [[1], [2, 3]], [[1], [2, 3]]), ("a", [1, 2], ["a"]), (["a", "b"], [[1], [2]], ["a", "b"]),
+])
+def test_texts_win_over_legacy_ids(prompts, ids, expected) -> None:
+    assert [p.get("prompt_token_ids") if isinstance(p, dict) else p for p in legacy_prompts(prompts, ids)] == expected
+
+
+@pytest.mark.parametrize(("prompts", "ids", "error", "message"), [
+    (None, [], RequestValidationError, "please provide at least one prompt"), (None, [[]], RequestValidationError, "at least one prompt"),
+    ("a", [[1], [2]], RequestValidationError, "The lengths of prompts and prompt_token_ids must be the same"),
+    (None, [1, [2]], RequestTypeError, "array of token arrays"), (None, "ab", RequestTypeError, "array of strings"), (None, 5, RequestTypeError, "array"),
+])
+def test_legacy_ids_that_make_no_prompts_are_refused(prompts, ids, error, message) -> None:
+    with pytest.raises(error, match=message):
+        legacy_prompts(prompts, ids)
 
 
 @pytest.mark.parametrize("bad", [-1, 10, 10**30])

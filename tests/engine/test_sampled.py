@@ -9,7 +9,7 @@ import pytest
 
 from kvloom import LLM, SamplingParams
 from kvloom.errors import RequestValidationError
-from kvloom.prompts import parse_prompts
+from kvloom.live_request import Call
 from kvloom.testing.checkpoints import VOCAB_SIZE
 
 NUMBERS = random.Random(0)
@@ -46,19 +46,17 @@ def test_together_in_any_order_and_with_a_warm_cache(small_checkpoint: Path, alo
 
 def test_with_forced_preemptions(small_checkpoint: Path, alone: list) -> None:
     with engine(small_checkpoint) as llm:
-        running = llm.llm_engine
-        places = running.admit(parse_prompts(PROMPTS), [p.clone() for p in PARAMS], [0] * len(PROMPTS))
-        outputs: dict[int, list[int]] = {}
-        count = 0
+        running, call, count = llm.llm_engine, Call(), 0
+        running.submit(call, PROMPTS, PARAMS, [0] * len(PROMPTS))
         while running.has_work:
             count += 1
             if count in (4, 9, 15):
-                for sequence_id in places:
+                for sequence_id in range(len(PROMPTS)):
                     running.engine.scheduler.preempt(sequence_id)
-            for sequence_id, output in running.step():
-                outputs[places[sequence_id]] = list(output.outputs[0].token_ids)
-                assert output.metrics.num_preemptions >= 2
-    assert [outputs[i] for i in range(len(PROMPTS))] == alone
+            running.step()
+    outputs = [output for _, output in sorted(call.take(), key=lambda done: done[0])]
+    assert all(o.metrics.num_preemptions >= 2 for o in outputs)
+    assert tokens(outputs) == alone
 
 
 def test_min_tokens_puts_the_end_off(small_checkpoint: Path) -> None:
@@ -89,7 +87,7 @@ def kvloom_register_logits_processors(registry):
     registry.add("always-9", "acme_0:AlwaysNine")
 class AlwaysNine(LogitsProcessor):
     @classmethod
-    def parameters(cls, params):
+    def parameters(cls, params, tokenizer):
         return params.seed if params.seed in (99, 100) else None
     def new_state(self, parameters, sequence):
         return parameters

@@ -14,6 +14,7 @@ from kvloom.core.kv_blocks import KVBlocks
 from kvloom.errors import MemoryPlanError
 from kvloom.interfaces import KVGroup, ModelConfig, StateKind
 from kvloom.runtime.host_memory import DeviceMemory
+from kvloom.runtime.logprobs import CHUNK_ROWS
 from kvloom.runtime.memory import MemoryNeeds, MemoryPlan, activation_bytes, plan_memory
 
 MIB = 2**20
@@ -162,5 +163,6 @@ def test_the_activation_estimate_is_near_what_the_largest_tensors_of_a_llama_ste
     config = ModelConfig(vocab_size=1000, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                          intermediate_size=256)
     per_token = (3 * 64 + 3 * 256) * 4
-    assert activation_bytes(config, torch.float32, 100, 10) == 100 * per_token + 10 * 1000 * 12
+    assert activation_bytes(config, torch.float32, 100, 80) == 100 * per_token + 80 * 1000 * 12
+    assert activation_bytes(config, torch.float32, 100, 10) == 100 * per_token + CHUNK_ROWS * 1000 * 12
     assert activation_bytes(config, torch.bfloat16, 100, 1000) == 100 * per_token // 2 + 100 * 1000 * 10

@@ -15,7 +15,7 @@ from kvloom.errors import RequestFailedError, RequestValidationError
 from kvloom.hooks.discovery import PluginSelection
 from kvloom.hooks.loader import load_plugins
 from kvloom.interfaces import LogitsProcessor, SequenceView
-from kvloom.runtime.logits import LogitsPipeline, NamedProcessor, make_processors
+from kvloom.runtime.logits import LogitsPipeline, NamedProcessor, SequenceProcessors, make_processors
 
 VOCABULARY = 23
 PIPELINE = LogitsPipeline(make_processors(load_plugins(PluginSelection(())).registries["logits_processors"]))
@@ -26,21 +26,39 @@ PARAMS = st.builds(
     min_p=st.sampled_from([0, 0.05, 0.5, 1.0]), presence_penalty=st.sampled_from([0, 0.7, -1.0]), frequency_penalty=st.sampled_from([0, 0.4, -0.5]),
     repetition_penalty=st.sampled_from([1.0, 1.3, 0.6]), logit_bias=st.none() | st.dictionaries(st.integers(0, 22), st.floats(-3, 3, width=32), max_size=4),
     allowed_token_ids=st.none() | st.lists(st.integers(0, 22), min_size=1, max_size=8), min_tokens=st.integers(0, 6),
-    stop_token_ids=st.none() | st.lists(st.integers(0, 22), max_size=2),
+    stop_token_ids=st.none() | st.lists(st.integers(0, 22), max_size=2), bad_words=st.none() | st.lists(st.sampled_from(["a", "ab", "ba", "aab", "cc"]), max_size=3),
+    logits_processors=st.sampled_from([None, [lambda ids, x: x + len(ids)], [lambda prompt, ids, x: x * 0.5 + len(prompt), lambda ids, x: x - 1]]),
 )
 
 
-def view(params: SamplingParams, prompt=(), vocab_size: int = VOCABULARY) -> SequenceView:
-    return SequenceView(0, 0, tuple(prompt), params, vocab_size, (2,))
+class Letters:
+    """Just enough of a tokenizer: one token a letter, none differs after a space."""
+
+    @staticmethod
+    def encode(text: str, *, add_special_tokens: bool) -> list[int]:
+        assert not add_special_tokens
+        return ["abcd".index(c) for c in text.strip()]
+
+
+def start(params: SamplingParams, prompt=(), output=(), vocab_size: int = VOCABULARY, pipeline: LogitsPipeline = PIPELINE) -> SequenceProcessors:
+    """As at admission, and then on the worker."""
+    return pipeline.start(SequenceView(0, 0, tuple(prompt), params, vocab_size, (2,)), pipeline.ask(params, Letters), output)
 
 
 def reference(logits: list[float], p: SamplingParams, prompt: list[int], output: list[int]) -> list[float]:
     """Plain Python, in the documented order."""
     x = [v if p.allowed_token_ids is None or i in p.allowed_token_ids else -math.inf for i, v in enumerate(logits)]
+    for word in p.bad_words or ():
+        *before, last = Letters.encode(word, add_special_tokens=False)
+        if output[len(output) - len(before):] == before:
+            x[last] = -math.inf
     if len(output) < p.min_tokens:
         x = [-math.inf if i in (2, *(p.stop_token_ids or ())) else v for i, v in enumerate(x)]
     for i, bias in (p.logit_bias or {}).items():
         x[i] += bias
+    for function in p.logits_processors or ():
+        arguments = [output] if function.__code__.co_argcount == 2 else [prompt, output]
+        x = function(*arguments, torch.tensor(x)).tolist()
     counts = Counter(output)
     for i in {*prompt, *output}:
         x[i] = x[i] / p.repetition_penalty if x[i] > 0 else x[i] * p.repetition_penalty
@@ -81,7 +99,7 @@ def test_a_batch_gives_each_row_what_the_reference_gives_it_alone(rows: list, se
     logits = torch.randn(len(rows), VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 3
     sequences = []
     for params, prompt, output in rows:
-        sequence = PIPELINE.start(view(params, prompt))
+        sequence = start(params, prompt)
         for token_id in output:
             PIPELINE.advance(sequence, [token_id])
         sequences.append(sequence)
@@ -94,7 +112,7 @@ def test_a_batch_gives_each_row_what_the_reference_gives_it_alone(rows: list, se
 @given(params=PARAMS, prompt=TOKENS, output=TOKENS, more=TOKENS)
 def test_a_resumed_sequence_and_one_that_rolled_back_are_where_they_were(params: SamplingParams, prompt: list, output: list, more: list) -> None:
     logits = torch.linspace(-4, 4, VOCABULARY)[None]
-    resumed, rolled_back = PIPELINE.start(view(params, prompt), output), PIPELINE.start(view(params, prompt), output)
+    resumed, rolled_back = start(params, prompt, output), start(params, prompt, output)
     PIPELINE.advance(rolled_back, more)
     for i, state in rolled_back.states.items():
         PIPELINE._processors[i].processor.rollback(state, len(more))
@@ -104,7 +122,7 @@ def test_a_resumed_sequence_and_one_that_rolled_back_are_where_they_were(params:
 @given(params=PARAMS, prompt=TOKENS, output=TOKENS)
 def test_applying_changes_no_state(params: SamplingParams, prompt: list, output: list) -> None:
     logits = torch.linspace(-4, 4, VOCABULARY)[None]
-    sequence = PIPELINE.start(view(params, prompt), output)
+    sequence = start(params, prompt, output)
     assert torch.equal(PIPELINE.apply(logits.clone(), [sequence]), PIPELINE.apply(logits.clone(), [sequence]))
 
 
@@ -113,7 +131,7 @@ def test_applying_changes_no_state(params: SamplingParams, prompt: list, output:
 def test_top_p_over_a_long_vocabulary_keeps_the_smallest_set(top_p: float, spread: float) -> None:
     size = 5000
     logits = torch.randn(1, size, generator=torch.Generator().manual_seed(0)) * spread
-    sequence = PIPELINE.start(view(SamplingParams(top_p=top_p), vocab_size=size))
+    sequence = start(SamplingParams(top_p=top_p), vocab_size=size)
     kept = torch.isfinite(PIPELINE.apply(logits.clone(), [sequence])[0])
     mass = logits.double().softmax(-1)[0]
     assert mass[kept].sum() >= top_p - 1e-5
@@ -124,7 +142,7 @@ def test_top_p_over_a_long_vocabulary_keeps_the_smallest_set(top_p: float, sprea
 
 def test_rows_that_ask_for_nothing_are_not_touched() -> None:
     logits = torch.randn(3, VOCABULARY)
-    sequences = [PIPELINE.start(view(p)) for p in (SamplingParams(temperature=0), SamplingParams(top_k=1, logit_bias={3: 99.0}), SamplingParams())]
+    sequences = [start(p) for p in (SamplingParams(temperature=0), SamplingParams(top_k=1, logit_bias={3: 99.0}), SamplingParams())]
     assert [len(s.states) for s in sequences] == [0, 2, 0]
     got = PIPELINE.apply(logits.clone(), sequences)
     assert torch.equal(got[[0, 2]], logits[[0, 2]])
@@ -133,21 +151,21 @@ def test_rows_that_ask_for_nothing_are_not_touched() -> None:
 
 def test_greedy_rows_skip_what_cannot_change_the_best_token() -> None:
     params = SamplingParams(temperature=0, top_k=2, top_p=0.5, min_p=0.5, logit_bias={1: 1.0})
-    assert len(PIPELINE.start(view(params)).states) == 1
+    assert len(start(params).states) == 1
 
 
 @pytest.mark.parametrize(("params", "name"), [(SamplingParams(logit_bias={VOCABULARY: 1.0}), "logit_bias"),
                                               (SamplingParams(allowed_token_ids=[1, 99]), "allowed_token_ids")])
 def test_an_id_out_of_the_vocabulary_is_refused_by_name(params: SamplingParams, name: str) -> None:
     with pytest.raises(RequestValidationError, match=f"{name} has the token id .* out of vocabulary"):
-        PIPELINE.start(view(params))
+        start(params)
 
 
 class Bad(LogitsProcessor):
     """Fails as its name says."""
 
     @classmethod
-    def parameters(cls, params: SamplingParams) -> str:
+    def parameters(cls, params: SamplingParams, tokenizer) -> str:
         return "asked"
 
     def new_state(self, parameters: str, sequence: SequenceView) -> str:
@@ -163,4 +181,4 @@ class Bad(LogitsProcessor):
 def test_a_processor_that_fails_is_named_with_its_plugin(kind: str, message: str) -> None:
     pipeline = LogitsPipeline([NamedProcessor("mine", "plugin 'acme' of acme 1.0", type(kind, (Bad,), {})())])
     with pytest.raises(RequestFailedError, match=f"logits processor 'mine' \\(plugin 'acme' of acme 1.0\\) {message}"):
-        pipeline.apply(torch.zeros(1, VOCABULARY), [pipeline.start(view(SamplingParams()))])
+        pipeline.apply(torch.zeros(1, VOCABULARY), [start(SamplingParams(), pipeline=pipeline)])

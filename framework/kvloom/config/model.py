@@ -33,10 +33,9 @@ class ModelSection(Section):
     hf_overrides: Annotated[dict[str, Any] | None, Field(description="keys set on config.json; a function is not taken")] = None
     allowed_local_media_path: Annotated[str, Field(description="folder of media files"),
                                         Unsupported("leave it empty: text only so far")] = ""
-    generation_config: Annotated[str, Field(description="where generation defaults come from; its end-of-text tokens are read"),
-                                 Unsupported("leave it at 'auto'")] = "auto"
-    override_generation_config: Annotated[dict[str, Any] | None, Field(description="on top of it"),
-                                          Unsupported("give SamplingParams to generate")] = None
+    generation_config: Annotated[str, Field(min_length=1, description="where sampling defaults and end tokens come from: auto (the "
+                                            "checkpoint's generation_config.json), vllm (no file), or a folder")] = "auto"
+    override_generation_config: Annotated[dict[str, Any] | None, Field(description="keys of generation_config.json on top of it")] = None
     task: Annotated[Literal["auto", "generate", "embed", "classify", "score", "reward", "transcription"],
                     Field(description="what the model is used for"), Unsupported("only generation works", ("generate",))] = "auto"
 

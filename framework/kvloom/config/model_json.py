@@ -1,4 +1,4 @@
-"""config.json and generation_config.json: read as data, bounded, through an allow-list. transformers' classes are not used."""
+"""config.json: read as data, bounded, through an allow-list. transformers' classes are not used."""
 
 from __future__ import annotations
 
@@ -95,21 +95,3 @@ def derive_max_model_len(config: ModelConfig) -> int:
         return max(trained, int((rope.original_max_position_embeddings or trained) * rope.factor))
     return trained
 
-
-def read_end_tokens(directory: Path, raw: Mapping[str, Any]) -> tuple[int, ...]:
-    """Token ids that end a text: config.json's ``eos_token_id``, then generation_config.json's, without duplicates.
-
-    Raises:
-        ModelError: an id that is no integer.
-    """
-    path = directory / "generation_config.json"
-    found: list[int] = []
-    for source in (raw, read_json(path) if path.is_file() else {}):
-        value = source.get("eos_token_id")
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        for token_id in ids:
-            if type(token_id) is not int or token_id < 0:
-                raise ModelError(f"{directory}: eos_token_id must be a token id or a list of them, got {_short(value)}")
-            if token_id not in found:
-                found.append(token_id)
-    return tuple(found)

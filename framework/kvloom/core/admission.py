@@ -35,6 +35,10 @@ class Admission:
                 "prompt_token_ids", prompt_tokens,
             )
         stop = StopRule.of(spec.sampling, prompt_tokens, self._limits.max_model_len, spec.eos_token_id, spec.extra_eos_token_ids)
+        if spec.sampling.min_tokens > stop.end_tokens - prompt_tokens:
+            raise RequestValidationError(
+                f"min_tokens={spec.sampling.min_tokens} cannot be reached: {stop.end_tokens - prompt_tokens} output tokens fit after a "
+                f"prompt of {prompt_tokens} tokens.", "min_tokens", spec.sampling.min_tokens)
         if self._needed(stop.end_tokens) > self._kv.num_usable:
             raise self._never_fits(prompt_tokens, stop.end_tokens)
         return stop

@@ -1,4 +1,4 @@
-"""The loop: schedule, submit, collect, commit."""
+"""The loop: schedule, submit, collect, commit. A step that raises is run again, one request at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvloom.core.scheduler import Scheduler
 from kvloom.errors import InternalError
 from kvloom.interfaces.executor import Executor
 from kvloom.interfaces.stats import StepStats
-from kvloom.interfaces.step import Step
+from kvloom.interfaces.step import RowError, RowResult, Step, StepResult
 from kvloom.logs import get_logger
 
 StepObserver = Callable[[StepStats], object]
@@ -62,20 +62,50 @@ class Engine:
         if not self._in_flight:
             return self._idle()
         step, started_s = self._in_flight[0]
-        try:
-            updated = self.scheduler.commit(step, self._executor.collect())
-        except Exception as error:  # noqa: BLE001  (the requests carry it; running them again one by one will start here)
-            updated = self.scheduler.fail(step, error)
+        updated = self._finish(step)
         self._in_flight.popleft()
         self._report(step, started_s)
         return updated
 
-    def _submit(self, step: Step) -> None:
+    def _finish(self, step: Step) -> list[Request]:
+        """Collect and commit the oldest step.
+
+        When it raised, nobody knows for which request: each is tried once more alone, and those that raise again end. With steps in
+        flight behind it, which were computed from what it did not give, all its requests end.
+        """
+        causes: dict[int, Exception] = {}
+        try:
+            result = self._executor.collect()
+        except Exception as error:  # noqa: BLE001  (the requests whose fault it is carry it)
+            if len(self._in_flight) > 1:
+                return self.scheduler.fail(step, error)
+            get_logger().warning("step raised; its requests run again one by one", step=step.step_id, requests=len(step.ranges),
+                                 error=f"{type(error).__name__}: {error}")
+            result = self._run_singly(step, causes)
+        try:
+            return self.scheduler.commit(step, result, causes)
+        except InternalError as error:  # a result of something else
+            return self.scheduler.fail(step, error)
+
+    def _run_singly(self, step: Step, causes: dict[int, Exception]) -> StepResult:
+        rows: list[RowResult] = []
+        for r in step.ranges:
+            self._submit(step.only(r), part_of=step)
+            try:
+                rows += self._executor.collect().rows
+            except Exception as error:  # noqa: BLE001  (see `_finish`)
+                causes[r.sequence_id] = error
+                rows.append(RowResult(r.sequence_id, error=RowError(type(error).__name__, str(error))))
+        return StepResult(step.step_id, tuple(rows))
+
+    def _submit(self, step: Step, part_of: Step | None = None) -> None:
         """What `submit` raises is no step's failure but the executor's, or the user's Ctrl-C: nothing is collected for it."""
         try:
             self._executor.submit(step)
         except BaseException as error:
-            self.scheduler.fail(step, error)
+            if part_of is not None:
+                self._in_flight.popleft()
+            self.scheduler.fail(part_of or step, error)
             raise
 
     def _idle(self) -> list[Request]:

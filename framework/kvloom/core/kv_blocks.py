@@ -65,7 +65,7 @@ class KVBlocks:
     Args:
         groups: of the model, all with one block size.
         num_blocks: of the pool, the null block included.
-        cached: whether blocks are kept for later requests.
+        cached: whether blocks are kept for later requests; those of a prompt that siblings share always are.
 
     Raises:
         UnsupportedFeatureError: a group of a kind whose state is not kept per token.
@@ -126,11 +126,14 @@ class KVBlocks:
     def find_hit(self, request: Request) -> Hit:
         """The longest prefix in the cache. The last token is never part of it: its logits are wanted."""
         columns = (len(request.token_ids) - 1) // self.block_tokens
-        if not (self._cached and request.spec.read_prefix_cache and columns and len(self._cache)):
+        if not (self._keeps(request) and request.spec.read_prefix_cache and columns and len(self._cache)):
             return Hit(0, tuple([] for _ in self._groups))
         self._hasher.extend(request.digests, request.spec.cache_root, request.token_ids, columns)
         columns = self._cache.longest_hit(request.digests[:columns])
         return Hit(columns * self.block_tokens, tuple(self._cache.blocks(g.index, request.digests, columns) for g in self._groups))
+
+    def _keeps(self, request: Request) -> bool:
+        return self._cached or request.spec.shares_prompt
 
     def take_hit(self, request: Request, hit: Hit) -> None:
         """Make the hit's blocks the beginning of an empty table."""
@@ -164,7 +167,7 @@ class KVBlocks:
     def settle(self, request: Request) -> None:
         """After `computed_tokens` moved: make full blocks findable, and give back what fell out of a window."""
         table = request.table
-        if self._cached and request.computed_tokens // self.block_tokens > table.published:
+        if self._keeps(request) and request.computed_tokens // self.block_tokens > table.published:
             self._publish(request, request.computed_tokens // self.block_tokens)
         for g, window_tokens in self._windows:
             # The next token reads from position computed - window + 1 on; steps in flight start no earlier.

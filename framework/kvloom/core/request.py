@@ -13,19 +13,21 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from kvloom.core.kv_blocks import BlockTable
 from kvloom.core.stop import Finish, StopRule
 from kvloom.errors import InternalError, RequestFailedError
-from kvloom.interfaces.step import BlockIds, NewSequence, RowResult, TokenRange
+from kvloom.interfaces.step import BlockIds, NewSequence, RowResult, TokenLogprob, TokenRange
 from kvloom.outputs import RequestMetrics
 from kvloom.params import SamplingParams
 
 
 class RequestState(Enum):
-    """Where a request is. WAITING -> RUNNING -> FINISHED; a preemption leads back to WAITING, through DRAINING while steps
-    that contain the request are in flight. FINISHED can be reached from everywhere."""
+    """Where a request is. (HELD ->) WAITING -> RUNNING -> FINISHED; a preemption leads back to WAITING, through DRAINING while steps
+    that contain the request are in flight. HELD waits for its leader's prompt. FINISHED can be reached from everywhere."""
 
+    HELD = "held"
     WAITING = "waiting"
     RUNNING = "running"
     DRAINING = "draining"
@@ -46,7 +48,8 @@ class RequestSpec:
         sample_index: 0..n-1 within the caller's request.
         cache_root: digest of everything besides tokens that decides what is in the blocks, see `prefix_cache.root_digest`.
         read_prefix_cache: False computes every prompt token (its blocks still serve others).
-        adapter, media, extras: as `NewSequence` says.
+        leader: sequence id of the sibling whose prompt it shares: it waits until that one's is computed. None: it is the leader.
+        processors, adapter, media, extras: as `NewSequence` says.
         arrival_s: ``time.monotonic()`` of the arrival; None means now.
     """
 
@@ -59,10 +62,17 @@ class RequestSpec:
     sample_index: int = 0
     cache_root: bytes = b""
     read_prefix_cache: bool = True
+    leader: int | None = None
+    processors: tuple[tuple[str, Any], ...] = ()
     adapter: str | None = None
     media: tuple[tuple[str, int], ...] = ()
     extras: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     arrival_s: float | None = None
+
+    @property
+    def shares_prompt(self) -> bool:
+        """Whether siblings look for its prompt's blocks, also where nothing is kept for other requests."""
+        return self.sampling.num_sequences > 1
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
@@ -82,6 +92,8 @@ class Request:
         scheduled_tokens: in-flight cursor: they were given to a step.
         lost_tokens: how many were computed when it last gave way.
         in_flight, in_flight_samples: steps not committed yet that contain it, and how many of them sample a token.
+        logprobs: candidates of each output token, empty unless asked for.
+        prompt_logprobs: the same for prompt tokens; the first has none.
         table: its blocks.
         digests: prefix-cache digests of its full blocks, as far as they were needed.
         order: its place in the scheduler, smaller is served earlier.
@@ -91,9 +103,9 @@ class Request:
     """
 
     __slots__ = (
-        "arrival_s", "computed_tokens", "digests", "error", "finish", "in_flight", "in_flight_samples", "lost_tokens",
-        "metrics", "order", "priority", "prompt_tokens", "scheduled_tokens", "sequence_id", "spec", "state", "stop",
-        "table", "token_ids",
+        "arrival_s", "computed_tokens", "digests", "error", "finish", "in_flight", "in_flight_samples", "logprobs", "lost_tokens",
+        "metrics", "order", "priority", "prompt_logprobs", "prompt_tokens", "scheduled_tokens", "sequence_id", "spec", "state",
+        "stop", "table", "token_ids",
     )
 
     def __init__(self, sequence_id: int, spec: RequestSpec, stop: StopRule, table: BlockTable) -> None:
@@ -105,6 +117,8 @@ class Request:
         self.arrival_s = time.monotonic() if spec.arrival_s is None else spec.arrival_s
         self.prompt_tokens = len(spec.prompt_token_ids)
         self.token_ids = list(spec.prompt_token_ids)
+        self.logprobs: list[tuple[TokenLogprob, ...]] = []
+        self.prompt_logprobs: list[tuple[TokenLogprob, ...]] = []
         self.digests: list[bytes] = []
         self.state = RequestState.WAITING
         self.order: tuple[float, ...] = ()
@@ -155,14 +169,19 @@ class Request:
     def commit(self, done: TokenRange, row: RowResult, now_s: float) -> Finish | None:
         """Take over what a range produced; returns why the sequence ends, or None."""
         self.computed_tokens = done.start + done.num_tokens
+        if row.prompt_logprobs:  # those of tokens that are computed again after a preemption come again
+            self.prompt_logprobs[done.start:] = row.prompt_logprobs
         if not row.token_ids:
             return None
         metrics = self.metrics
         metrics.last_token_time = now_s
         if metrics.first_token_time is None:
             metrics.first_token_time = now_s
-        for token_id in row.token_ids:
+        for place, token_id in enumerate(row.token_ids):
             self.token_ids.append(token_id)
+            metrics.num_generation_tokens += 1
+            if row.logprobs:
+                self.logprobs.append(row.logprobs[place])
             finish = self.stop.check(token_id, len(self.token_ids))
             if finish is not None:
                 return finish
@@ -192,7 +211,7 @@ class Request:
         return NewSequence(
             self.sequence_id, tuple(self.token_ids), self.prompt_tokens, self.computed_tokens, self.table.ids(), spec.sampling,
             seed=spec.seed, sample_index=spec.sample_index, adapter=spec.adapter, media=spec.media, extras=dict(spec.extras),
-            end_token_ids=spec.end_token_ids,
+            end_token_ids=spec.end_token_ids, processors=spec.processors,
         )
 
     def check_integrity(self) -> None:
@@ -208,8 +227,8 @@ class Request:
             and len(self.token_ids) <= self.stop.end_tokens
             and 0 <= self.in_flight_samples <= self.in_flight
             and (self.in_flight > 0 or self.computed_tokens == self.scheduled_tokens)
-            and (self.in_flight > 0 or self.state in (RequestState.WAITING, RequestState.RUNNING))
-            and (self.state is not RequestState.WAITING or self.table.capacity_tokens == 0)
+            and (self.in_flight > 0 or self.state in (RequestState.HELD, RequestState.WAITING, RequestState.RUNNING))
+            and (self.state not in (RequestState.HELD, RequestState.WAITING) or self.table.capacity_tokens == 0)
             and ended == (self.finish is not None)
         ):
             raise InternalError(

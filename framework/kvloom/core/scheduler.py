@@ -4,17 +4,18 @@ Two verbs move a request's two cursors: `schedule` puts tokens in flight, `commi
 scheduled while earlier ones are in flight. Whatever else ends or delays a request (`finish`, `preempt`, `fail`) takes
 effect on its blocks only when no step in flight contains it::
 
-    add -> WAITING -> schedule -> RUNNING -> commit, finish, fail -> FINISHED
-               ^                     |
-               +---- (DRAINING) <----+  out of blocks, or `preempt`
+    add -> (HELD) -> WAITING -> schedule -> RUNNING -> commit, finish, fail -> FINISHED
+                        ^                     |
+                        +---- (DRAINING) <----+  out of blocks, or `preempt`
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from operator import attrgetter
+from types import MappingProxyType
 
 from kvloom.core.admission import Admission
 from kvloom.core.kv_blocks import KVBlocks
@@ -27,6 +28,8 @@ from kvloom.errors import InternalError, RequestFailedError
 from kvloom.interfaces.scheduling import SchedulingPolicy
 from kvloom.interfaces.state import KVGroup
 from kvloom.interfaces.step import BlockIds, RowError, RowResult, Step, StepResult, TokenRange
+
+NO_CAUSES: Mapping[int, Exception] = MappingProxyType({})
 
 
 class Scheduler:
@@ -49,6 +52,7 @@ class Scheduler:
         self._kv = KVBlocks(groups, num_blocks, cached=limits.cached)
         self._admission = Admission(limits, groups, self._kv)
         self._requests: dict[int, Request] = {}  # all that hold a place or blocks, finished ones in flight included
+        self._held: dict[int, list[Request]] = {}  # leader -> siblings that wait for its prompt
         self._waiting = RequestQueue()
         self._running = RequestQueue()  # RUNNING and DRAINING: those that the worker knows
         self._leaving: set[int] = set()  # DRAINING or FINISHED in flight: their blocks are about to come back
@@ -63,7 +67,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Requests that hold no blocks yet, or gave way."""
-        return len(self._waiting)
+        return len(self._waiting) + sum(map(len, self._held.values()))
 
     @property
     def num_running(self) -> int:
@@ -97,7 +101,13 @@ class Scheduler:
         request = Request(self._next_sequence_id, spec, stop, self._kv.new_table())
         self._next_sequence_id += 1
         self._requests[request.sequence_id] = request
-        self._enqueue(request)
+        request.order = self._order(request)
+        leader = self._requests.get(-1 if spec.leader is None else spec.leader)
+        if leader is not None and leader.finish is None and not leader.output_tokens:
+            request.state = RequestState.HELD
+            self._held.setdefault(leader.sequence_id, []).append(request)
+        else:
+            self._waiting.add(request)
         return request
 
     def finish(self, sequence_id: int, reason: str, stop_reason: int | str | None = None) -> None:
@@ -186,8 +196,11 @@ class Scheduler:
 
     # -- commit: the committed cursor
 
-    def commit(self, step: Step, result: StepResult) -> list[Request]:
+    def commit(self, step: Step, result: StepResult, causes: Mapping[int, Exception] = NO_CAUSES) -> list[Request]:
         """Take over a step's results; the oldest step first. Returns the requests that got tokens or ended.
+
+        Args:
+            causes: sequence id -> what a row's error came from, for errors of this process.
 
         Raises:
             InternalError: `step` is not the oldest in flight, or `result` is not its result; nothing was changed.
@@ -201,19 +214,21 @@ class Scheduler:
         for done, row in zip(step.ranges, result.rows, strict=True):
             request = self._requests[done.sequence_id]
             request.landed(done)
-            if request.finish is None and self._take_over(request, done, row, now_s):
+            if request.finish is None and self._take_over(request, done, row, now_s, causes.get(done.sequence_id)):
                 updated.append(request)
             if request.sequence_id in self._leaving and not request.in_flight:
                 self._leave(request)
         return updated
 
-    def _take_over(self, request: Request, done: TokenRange, row: RowResult, now_s: float) -> bool:
+    def _take_over(self, request: Request, done: TokenRange, row: RowResult, now_s: float, cause: Exception | None) -> bool:
         """Apply one row to a live request; True when it got tokens or ended."""
         if row.error is not None:
-            self._end(request, Finish("error"), _row_failure(row.error))
+            self._end(request, Finish("error"), _row_failure(row.error, cause))
             return True
         finish = request.commit(done, row, now_s)
         self._kv.settle(request)
+        if done.sample:
+            self._release(request)
         if finish is not None:
             self._end(request, finish)
         return done.sample
@@ -249,9 +264,14 @@ class Scheduler:
 
     # -- transitions
 
-    def _enqueue(self, request: Request) -> None:
-        request.order = (*self._policy.sort_key(request), request.sequence_id)
-        self._waiting.add(request)
+    def _order(self, request: Request) -> tuple[float, ...]:
+        return (*self._policy.sort_key(request), request.sequence_id)
+
+    def _release(self, leader: Request) -> None:
+        """Its prompt is computed, or it ended: siblings wait for nobody any more."""
+        for request in self._held.pop(leader.sequence_id, ()):
+            request.state = RequestState.WAITING
+            self._waiting.add(request)
 
     def _preempt(self, request: Request) -> None:
         if request.in_flight:
@@ -262,19 +282,29 @@ class Scheduler:
         self._kv.free(request)
         request.give_way()
         self._tell_preempted.append(request.sequence_id)
-        self._enqueue(request)
+        request.order = self._order(request)
+        self._waiting.add(request)
 
     def _end(self, request: Request, finish: Finish, error: RequestFailedError | None = None) -> None:
-        if request.state is RequestState.WAITING:
+        if request.state is RequestState.HELD:
+            self._forget_held(request)
+        elif request.state is RequestState.WAITING:
             self._waiting.remove(request)
         else:
             self._running.remove(request)
             self._tell_finished.append(request.sequence_id)
         request.state, request.finish, request.error = RequestState.FINISHED, finish, error
         request.metrics.finished_time = time.monotonic()
+        self._release(request)
         self._leaving.add(request.sequence_id)
         if not request.in_flight:
             self._leave(request)
+
+    def _forget_held(self, request: Request) -> None:
+        leader = next(i for i, held in self._held.items() if request in held)
+        self._held[leader].remove(request)
+        if not self._held[leader]:
+            del self._held[leader]
 
     def _leave(self, request: Request) -> None:
         """Nothing of it is in flight any more: its blocks come back."""
@@ -298,6 +328,7 @@ class Scheduler:
         for request in requests:
             request.check_integrity()
         known = (RequestState.RUNNING, RequestState.DRAINING)
+        _same("held", (r for held in self._held.values() for r in held), (r for r in requests if r.state is RequestState.HELD))
         _same("waiting", self._waiting, (r for r in requests if r.state is RequestState.WAITING))
         _same("running", self._running, (r for r in requests if r.state in known))
         _same("leaving", (self._requests[i] for i in self._leaving),
@@ -314,9 +345,12 @@ def _same(what: str, listed: Iterable[Request], expected: Iterable[Request]) -> 
         raise InternalError(f"the {what} requests are not those whose state says so: {[r.sequence_id for r in by_order]}")
 
 
-def _row_failure(error: RowError) -> RequestFailedError:
+def _row_failure(error: RowError, cause: Exception | None) -> RequestFailedError:
     blame = f" (plugin {error.plugin})" if error.plugin else ""
-    return RequestFailedError(f"{error.type_name}: {error.message}{blame}")
+    what = error.message if error.type_name == RequestFailedError.__name__ else f"{error.type_name}: {error.message}"
+    failure = RequestFailedError(what + blame)
+    failure.__cause__ = cause
+    return failure
 
 
 def _step_failure(step: Step, error: BaseException) -> RequestFailedError:

@@ -1,7 +1,7 @@
 """From logits to tokens: logits processors and samplers.
 
-Order of one step (api.md 3a): grammar mask, raw logprobs, processors by `Stage`, sampler. Rows that ask for nothing pay
-nothing: a processor only ever sees the rows whose parameters it accepted.
+Order of one step: grammar mask, raw log-probabilities, processors by `Stage`, sampler. Rows that ask for nothing pay nothing: a
+processor only ever sees the rows of requests that asked for it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from kvloom.interfaces.step import TokenLogprob
 from kvloom.params import SamplingParams
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+
+    from kvloom.interfaces.tokenizer import Tokenizer
 
 
 class Stage(IntEnum):
@@ -44,6 +45,10 @@ class SequenceView(NamedTuple):
 class LogitsProcessor(ABC):
     """Changes the logits of the rows that ask for it. Registered with ``kvloom_register_logits_processors``.
 
+    A request asks in one of two ways. A *named* processor, one that is registered with ``config=``, is asked for by name:
+    ``SamplingParams(extra_args={"name": {...}})``; the core checks the JSON with that pydantic model. Any other decides from the
+    request's own fields, see `parameters`.
+
     One instance an engine; state is per *sequence* (siblings of n > 1 and beams never share it).
     """
 
@@ -52,17 +57,22 @@ class LogitsProcessor(ABC):
     """Place within the stage: smaller first, equal ones by the name they are registered under."""
 
     @classmethod
-    @abstractmethod
-    def parameters(cls, params: SamplingParams) -> Any | None:
-        """This processor's parameters as the request gives them, None when the request does not ask for it.
+    def parameters(cls, params: SamplingParams, tokenizer: Tokenizer | None) -> Any | None:
+        """What the request's fields ask of this processor, as plain data (it travels to the workers); None: nothing.
 
-        Called at admission; raises `RequestValidationError` for bad values. A named processor reads
-        ``params.extra_args[name]``, already validated by the pydantic model it was registered with.
+        Called once a request, at admission; not called for a named processor. `tokenizer` is None with ``skip_tokenizer_init``.
+
+        Raises:
+            RequestValidationError: bad values.
         """
+        return None
 
     @abstractmethod
     def new_state(self, parameters: Any, sequence: SequenceView) -> Any:
         """State of one sequence, before its first output token. Called at admission too, and the result thrown away.
+
+        Args:
+            parameters: what `parameters` gave, or a named processor's validated pydantic model.
 
         Raises:
             RequestValidationError: values that do not fit this model, such as ids out of the vocabulary.
@@ -101,7 +111,6 @@ class SamplingRows:
         sample_indices: ``[S]`` int64, host: 0..n-1 within the request.
         positions: ``[S]`` int64, host: position that the first sampled token will have.
         draft_token_ids: per sequence the proposed tokens, mostly empty.
-        num_logprobs: candidates wanted, per sequence; -1 none, 0 the sampled token only.
     """
 
     sequence_ids: np.ndarray[Any, Any]
@@ -112,7 +121,6 @@ class SamplingRows:
     sample_indices: np.ndarray[Any, Any]
     positions: np.ndarray[Any, Any]
     draft_token_ids: Sequence[tuple[int, ...]] = ()
-    num_logprobs: Sequence[int] = ()
 
 
 @dataclass(slots=True)
@@ -122,13 +130,11 @@ class SampledTokens:
     Args:
         token_ids: ``[rows]`` int64 on the logits' device; row i of a sequence is the successor of its draft i.
         accepted: ``[S]`` int64 how many of a sequence's rows count (1 without drafts); None means 1 everywhere.
-        logprobs: per sequence and accepted token its candidates, sampled token first; empty when nobody asked.
         failed: index of a sequence that could not be sampled -> why (its logits are not finite). Only that request fails.
     """
 
     token_ids: Tensor
     accepted: Tensor | None = None
-    logprobs: Mapping[int, tuple[tuple[TokenLogprob, ...], ...]] | None = None
     failed: Mapping[int, str] = field(default_factory=dict)
 
 

@@ -7,7 +7,7 @@ come from a client unchecked: ids are the engine's own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from kvloom.params import PoolingParams, SamplingParams
@@ -35,6 +35,7 @@ class NewSequence:
         media: content hashes of encoder inputs with the token offset of each, see `EncoderWork`.
         extras: named per-token integers the model asked for (``token_type_ids``), each as long as the prompt.
         end_token_ids: that end a text, for processors that put that off.
+        processors: name of each logits processor that the request asks for, with its parameters as plain data.
     """
 
     sequence_id: int
@@ -50,6 +51,7 @@ class NewSequence:
     media: tuple[tuple[str, int], ...] = ()
     extras: dict[str, tuple[int, ...]] = field(default_factory=dict)
     end_token_ids: tuple[int, ...] = ()
+    processors: tuple[tuple[str, Any], ...] = ()
 
 
 class TokenRange(NamedTuple):
@@ -107,7 +109,8 @@ class Step:
     """One unit of device work.
 
     Order on the worker: forget `finished` and `preempted`, `swap_out`, `swap_in`, add `new` and `resumed`, `copies`, then
-    encoders, forward, sampling over `ranges`.
+    encoders, forward, sampling over `ranges`. Everything before the encoders, and the blocks that ranges append, are its deltas: a
+    worker takes them over once, however often the step comes.
     """
 
     step_id: int
@@ -125,6 +128,10 @@ class Step:
     def num_tokens(self) -> int:
         """Tokens that this step computes."""
         return sum(r.num_tokens for r in self.ranges)
+
+    def only(self, r: TokenRange) -> Step:
+        """This step again, for one of its ranges: what a worker gets after the whole raised."""
+        return replace(self, ranges=(r,))
 
 
 class TokenLogprob(NamedTuple):
@@ -152,7 +159,8 @@ class RowResult(NamedTuple):
         sequence_id: whose.
         token_ids: 0 tokens (a chunk that was not sampled), 1, or up to 1 + drafts accepted tokens.
         logprobs: per token the candidates asked for, sampled token first; None when not asked.
-        prompt_logprobs: the same for the prompt positions that this range computed.
+        prompt_logprobs: the same for the prompt tokens that follow this range's positions: of prompt position
+            ``start + 1`` on, as far as the prompt goes.
         pooled: plain nested lists of floats of a finished pooling task.
         error: set when only this row failed.
     """

@@ -38,7 +38,15 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def special_token_ids(self) -> frozenset[int]:
-        """Ids that ``skip_special_tokens`` leaves out."""
+        """Ids that ``skip_special_tokens`` leaves out: all that `decode` then drops."""
+
+    @property
+    def byte_token_ids(self) -> frozenset[int]:
+        """Ids of single bytes that `decode` decides on together: one byte that fits no character makes the whole run of them U+FFFD.
+
+        Their text is final only when the run ends. Empty, as here, where a character that is complete stays, as in byte-level BPE.
+        """
+        return frozenset()
 
     @property
     @abstractmethod
@@ -50,9 +58,19 @@ class Tokenizer(ABC):
         """Token ids of a text."""
 
     @abstractmethod
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of a whole sequence; no clean-up of spaces."""
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True) -> str:
+        """Text of a whole sequence; no clean-up of spaces. More tokens never change it, except characters at its end that are
+        incomplete (U+FFFD) and the last run of `byte_token_ids`. Ids that the tokenizer does not know have no text.
+
+        Args:
+            spaces_between_special_tokens: whether special tokens that are kept get spaces around them, where the tokenizer has that
+                choice: few do.
+        """
 
     @abstractmethod
     def token_text(self, token_id: int) -> str:
-        """A token for people to read (``Logprob.decoded_token``); replacement characters where it is not valid text alone."""
+        """A token for people to read (``Logprob.decoded_token``). Cheap to ask again; any id may be asked for.
+
+        Returns:
+            Its text alone; U+FFFD where that is no whole character, empty for ids that the tokenizer does not know.
+        """

@@ -47,7 +47,11 @@ class Worker(Protocol):
         """Make the KV tensors: the smallest `num_blocks` of all ranks."""
 
     def execute(self, step: Step) -> StepResult:
-        """Run a step. On an exception no state that a repeat would see has changed."""
+        """Run a step.
+
+        When it raises, its deltas count as taken over and nothing else has changed: the same step, or `Step.only` of it, may come
+        again under the same id and then only computes.
+        """
 
     def close(self) -> None:
         """Free everything."""

@@ -54,6 +54,9 @@ class StepIndices:
 class BatchState:
     """Persistent arrays of up to `max_num_seqs` sequences of up to `max_model_len` tokens. Host memory only.
 
+    Attributes:
+        num_candidates, num_prompt_candidates: per row, candidates wanted with each output and each prompt token; -1 none.
+
     Args:
         start: makes the logits processors of a sequence that comes.
     """
@@ -70,17 +73,26 @@ class BatchState:
         self.temperatures = np.zeros(max_num_seqs, np.float32)
         self.seeds = np.zeros(max_num_seqs, np.uint64)
         self.sample_indices = np.zeros(max_num_seqs, np.int64)
+        self.num_candidates = np.full(max_num_seqs, -1)
+        self.num_prompt_candidates = np.full(max_num_seqs, -1)
+        self.prompt_tokens = np.zeros(max_num_seqs, np.int64)
         self.params: list[SamplingParams | None] = [None] * max_num_seqs
         self.processors = [NO_PROCESSORS] * max_num_seqs
+        self._last_step_id = -1
+        self._appended: set[int] = set()  # sequences whose new blocks of this step were taken over
 
     def apply(self, step: Step) -> None:
-        """Take over a step's deltas: who left, who came, which blocks were appended."""
-        for sequence_id in (*step.finished, *step.preempted):
-            self._forget(sequence_id)
-        for new in (*step.new, *step.resumed):
-            self._add(new)
+        """Take over a step's deltas, once however often it comes: who left, who came, which blocks its ranges append."""
+        if step.step_id != self._last_step_id:
+            self._last_step_id = step.step_id
+            self._appended.clear()
+            for sequence_id in (*step.finished, *step.preempted):
+                self._forget(sequence_id)
+            for new in (*step.new, *step.resumed):
+                self._add(new)
         for r in step.ranges:
-            if r.new_blocks:
+            if r.new_blocks and r.sequence_id not in self._appended:
+                self._appended.add(r.sequence_id)
                 self._append_blocks(self._row_of[r.sequence_id], r.new_blocks)
 
     def _forget(self, sequence_id: int) -> None:
@@ -106,6 +118,10 @@ class BatchState:
         self.temperatures[row] = 0.0 if new.sampling is None or new.sampling.is_greedy else new.sampling.temperature
         self.seeds[row] = new.seed
         self.sample_indices[row] = new.sample_index
+        self.num_candidates[row] = -1 if new.sampling is None else new.sampling.num_candidates
+        prompt_logprobs = None if new.sampling is None else new.sampling.prompt_logprobs
+        self.num_prompt_candidates[row] = -1 if prompt_logprobs is None else prompt_logprobs
+        self.prompt_tokens[row] = new.prompt_tokens
 
     def _append_blocks(self, row: int, blocks: tuple[tuple[int, ...], ...]) -> None:
         for g, ids in enumerate(blocks):

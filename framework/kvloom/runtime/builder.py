@@ -11,7 +11,8 @@ import torch
 
 from kvloom.config import EngineConfig
 from kvloom.config.checkpoint import resolve_model_dir
-from kvloom.config.model_json import derive_max_model_len, parse_model_config, read_end_tokens, read_model_json
+from kvloom.config.generation import default_sampling, end_tokens, read_generation
+from kvloom.config.model_json import derive_max_model_len, parse_model_config, read_model_json
 from kvloom.errors import ConfigError, NotRegisteredError, PluginLoadError, UnsupportedArchitectureError
 from kvloom.hooks.loader import PluginSet
 from kvloom.hooks.registry import Entry
@@ -21,6 +22,7 @@ from kvloom.interfaces.model import BuildContext, Model
 from kvloom.interfaces.model_config import ModelConfig
 from kvloom.interfaces.quant import QuantMethod
 from kvloom.layers.base import dtype_of
+from kvloom.params import SamplingParams
 from kvloom.runtime.choice import BackendChooser
 from kvloom_kernels.linear import product_kind
 from kvloom_kernels.requirement import Machine
@@ -34,6 +36,7 @@ class ModelSource:
         entry: the plugin's model class.
         quant: the plugin's quantization method; "none" for plain weights.
         end_token_ids: ids that end a text.
+        defaults: sampling parameters of requests that bring none.
     """
 
     directory: Path
@@ -43,6 +46,7 @@ class ModelSource:
     dtype: torch.dtype
     quant: Entry[QuantMethod]
     end_token_ids: tuple[int, ...]
+    defaults: SamplingParams
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,9 @@ def open_source(config: EngineConfig, plugins: PluginSet) -> ModelSource:
     quant = find_quantization(m.quantization, model_config.quantization_config, plugins)
     max_model_len = config.resolved_max_model_len(derive_max_model_len(model_config))
     dtype = resolve_dtype(m.dtype, model_config.dtype)
-    return ModelSource(directory, entry, model_config, max_model_len, dtype, quant, read_end_tokens(directory, raw))
+    generation = read_generation(directory, m.generation_config, m.override_generation_config)
+    return ModelSource(directory, entry, model_config, max_model_len, dtype, quant, end_tokens(raw, generation),
+                       default_sampling(generation))
 
 
 def config_model(entry: Entry[Model]) -> type[ModelConfig]:

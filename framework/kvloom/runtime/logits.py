@@ -4,35 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from kvloom.errors import RequestError, RequestFailedError
+from kvloom.errors import RequestError, RequestFailedError, RequestValidationError
 from kvloom.hooks.registry import Registry
 from kvloom.interfaces.sampling import LogitsProcessor, SequenceView, Stage
+from kvloom.near import did_you_mean
+
+if TYPE_CHECKING:
+    from kvloom.interfaces.tokenizer import Tokenizer
+    from kvloom.params import SamplingParams
+
+Asked = tuple[tuple[str, Any], ...]
+"""As `NewSequence.processors`: name and parameters of each processor that a request asks for."""
 
 
 class NamedProcessor(NamedTuple):
-    """One processor, and whom to name when it fails."""
+    """One processor, whom to name when it fails, and the model of its parameters when requests ask for it by name."""
 
     name: str
     plugin: str
     processor: LogitsProcessor
+    config: type[BaseModel] | None = None
 
 
 def make_processors(registry: Registry[LogitsProcessor]) -> tuple[NamedProcessor, ...]:
     """Every registered processor, in the order in which they run. Raises `PluginConflictError` for a name that two offer."""
     found = [registry.resolve(name) for name in registry.names()]
-    made = [NamedProcessor(e.name, str(e.origin), e.load()()) for e in found]
+    made = [NamedProcessor(e.name, str(e.origin), e.load()(), e.config_model()) for e in found]
     return tuple(sorted(made, key=lambda p: (p.processor.stage, p.processor.order, p.name)))
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceProcessors:
-    """What one sequence asked for: index of the processor -> its state."""
+    """What one sequence asked for: index of the processor -> its state; or why those could not be made."""
 
     states: Mapping[int, Any]
+    error: RequestError | None = None
 
 
 NO_PROCESSORS = SequenceProcessors({})
@@ -47,25 +59,57 @@ class LogitsPipeline:
 
     def __init__(self, processors: Sequence[NamedProcessor]) -> None:
         self._processors = tuple(processors)
+        self._index = {p.name: i for i, p in enumerate(processors)}
         self._only_random = frozenset(i for i, p in enumerate(processors) if p.processor.stage >= Stage.TEMPERATURE)
 
-    def start(self, sequence: SequenceView, output: Sequence[int] = ()) -> SequenceProcessors:
+    def ask(self, params: SamplingParams, tokenizer: Tokenizer | None) -> Asked:
+        """What a request asks for, checked. Once a request, at admission.
+
+        Raises:
+            RequestValidationError: parameters that a processor refuses, or a name that nobody registered.
+            RequestFailedError: a processor raised something else.
+        """
+        named = dict(params.extra_args or {})
+        asked: dict[str, Any] = {}
+        for i, (name, _, _, config) in enumerate(self._processors):
+            if config is not None:
+                parameters = _checked(name, config, named.pop(name)).model_dump(mode="json") if name in named else None
+            else:
+                parameters = self._own_parameters(i, params, tokenizer)
+            if parameters is not None and not (params.is_greedy and i in self._only_random):  # those cannot change which is best
+                asked[name] = parameters
+        if named:
+            raise self._unknown(next(iter(named)))
+        return tuple(asked.items())
+
+    def _own_parameters(self, index: int, params: SamplingParams, tokenizer: Tokenizer | None) -> Any | None:
+        try:
+            return self._processors[index].processor.parameters(params, tokenizer)
+        except RequestError:
+            raise
+        except Exception as error:
+            raise self._failure(index, f"raised {type(error).__name__}: {error}") from error
+
+    def _unknown(self, name: str) -> RequestValidationError:
+        known = [p.name for p in self._processors if p.config is not None]
+        return RequestValidationError(f"extra_args names {name!r}, but no plugin registered a logits processor with parameters under "
+                                      f"this name{did_you_mean(name, known)}; there are: {', '.join(known) or 'none'}", "extra_args", name)
+
+    def start(self, sequence: SequenceView, asked: Asked, output: Sequence[int] = ()) -> SequenceProcessors:
         """States of a sequence that has this output already (a resumed one).
 
         Raises:
             RequestValidationError: parameters that a processor refuses.
-        RequestFailedError: a processor raised something else.
+            RequestFailedError: a processor raised something else.
         """
         states: dict[int, Any] = {}
-        for i, (_, _, processor) in enumerate(self._processors):
-            if sequence.params.is_greedy and i in self._only_random:
-                continue  # cannot change which token is best
+        for name, parameters in asked:
+            i = self._index[name]
+            _, _, processor, config = self._processors[i]
             try:
-                parameters = processor.parameters(sequence.params)
-                if parameters is not None:
-                    states[i] = processor.new_state(parameters, sequence)
-                    if output:
-                        processor.advance(states[i], output)
+                states[i] = processor.new_state(parameters if config is None else config.model_validate(parameters), sequence)
+                if output:
+                    processor.advance(states[i], output)
             except RequestError:
                 raise
             except Exception as error:
@@ -87,21 +131,54 @@ class LogitsPipeline:
                 logits[rows] = self._run(i, logits[rows], states)
         return logits
 
+    def blame(self, logits: Tensor, sequence: SequenceProcessors) -> str:
+        """Why nothing can be sampled from the row that came of ``logits [1, V]``: who made it so, as a phrase."""
+        if not _can_be_sampled(logits):
+            return "its logits are not finite: the model computed NaN or infinity for it"
+        for i in sorted(sequence.states):
+            logits = self._run(i, logits, [sequence.states[i]])
+            if not _can_be_sampled(logits):
+                what = "NaN or infinity" if not torch.isneginf(logits).all() else "no allowed token"
+                return f"{self._who(i)} left {what} in its logits"
+        return "its logits are not finite"
+
     def _run(self, index: int, logits: Tensor, states: Sequence[Any]) -> Tensor:
         shape = logits.shape
         try:
             out = self._processors[index].processor.apply(logits, states)
         except Exception as error:
             raise self._failure(index, f"raised {type(error).__name__}: {error}") from error
-        if out.shape != shape:
-            raise self._failure(index, f"gave the shape {tuple(out.shape)} for {tuple(shape)}")
-        return out
+        if not isinstance(out, Tensor) or out.shape != shape:
+            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise self._failure(index, f"gave the shape {got} for {tuple(shape)}")
+        return out.float()
+
+    def _who(self, index: int) -> str:
+        name, plugin, _, _ = self._processors[index]
+        return f"logits processor {name!r} ({plugin})"
 
     def _failure(self, index: int, what: str) -> RequestFailedError:
-        name, plugin, _ = self._processors[index]
-        return RequestFailedError(f"logits processor {name!r} ({plugin}) {what}")
+        return RequestFailedError(f"{self._who(index)} {what}")
 
     def advance(self, sequence: SequenceProcessors, token_ids: Sequence[int]) -> None:
-        """The sequence accepted these tokens."""
+        """The sequence accepted these tokens. Raises `RequestFailedError` that names the processor."""
         for i, state in sequence.states.items():
-            self._processors[i].processor.advance(state, token_ids)
+            try:
+                self._processors[i].processor.advance(state, token_ids)
+            except Exception as error:
+                raise self._failure(i, f"raised {type(error).__name__}: {error}") from error
+
+
+def _checked(name: str, config: type[BaseModel], given: Any) -> BaseModel:
+    """Raises `RequestValidationError` with every wrong field and the schema's field names."""
+    try:
+        return config.model_validate(given)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or name}: {e['msg']}" for e in error.errors())
+        fields = ", ".join(config.model_fields) or "none"
+        raise RequestValidationError(f"extra_args[{name!r}]: {problems} (its parameters: {fields})", "extra_args", given) from error
+
+
+def _can_be_sampled(logits: Tensor) -> bool:
+    """Whether the best of a row is a number (NaN wins every comparison, so the maximum shows it)."""
+    return bool(torch.isfinite(logits.max()))

@@ -16,6 +16,7 @@ from kvloom.interfaces import KVGroup, ModelConfig
 from kvloom.runtime.host_memory import DeviceMemory
 from kvloom.runtime.kv_groups import group_layers
 from kvloom.runtime.kv_tensors import block_bytes, page_bytes
+from kvloom.runtime.logprobs import CHUNK_ROWS
 from kvloom.runtime.memory_table import plan_table
 from kvloom.runtime.weights import wanted_tensors
 
@@ -204,7 +205,8 @@ def memory_needs(config: EngineConfig, source: ModelSource, built: BuiltModel) -
 def activation_bytes(config: ModelConfig, dtype: torch.dtype, max_num_batched_tokens: int, max_num_seqs: int) -> int:
     """Estimate of the largest sum of a step's tensors that live at one time.
 
-    With T tokens, R = min(max_num_seqs, T) sampled rows and e bytes an element::
+    With T tokens, R = min(max_num_seqs, T) sampled rows (or as many prompt rows whose log-probabilities are wanted, see
+    `CHUNK_ROWS`) and e bytes an element::
 
         T e 3 H                           residual, normed input, output
         T e max((2 Hq + 2 Hk) D, 3 I)     q, k, v and attention's output, or gate, up and their product
@@ -212,7 +214,7 @@ def activation_bytes(config: ModelConfig, dtype: torch.dtype, max_num_batched_to
 
     What an attention backend takes inside is not counted.
     """
-    tokens, rows = max_num_batched_tokens, min(max_num_seqs, max_num_batched_tokens)
+    tokens, rows = max_num_batched_tokens, min(max(max_num_seqs, CHUNK_ROWS), max_num_batched_tokens)
     attention = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
     per_token = 3 * config.hidden_size + max(attention, 3 * config.intermediate_size)
     return tokens * per_token * dtype.itemsize + rows * config.vocab_size * (dtype.itemsize + 8)

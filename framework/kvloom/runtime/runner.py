@@ -10,11 +10,13 @@ import torch
 from kvloom.interfaces.attention import AttentionBackend, AttentionBatch, LayerCache
 from kvloom.interfaces.comm import Comm
 from kvloom.interfaces.model import ForwardContext, LayerStep, Model, ModelInputs
-from kvloom.interfaces.sampling import SampledTokens, Sampler, SamplingRows
+from kvloom.interfaces.sampling import Sampler
 from kvloom.interfaces.state import KVGroup
-from kvloom.interfaces.step import RowError, RowResult, Step, StepResult
+from kvloom.interfaces.step import RowResult, Step, StepResult
 from kvloom.runtime.batch import BatchState, StepIndices
 from kvloom.runtime.logits import LogitsPipeline
+from kvloom.runtime.logprobs import Candidates
+from kvloom.runtime.sampling import LogitsOf, RowSampler
 
 
 class Runner:
@@ -29,14 +31,15 @@ class Runner:
     def __init__(self, model: Model, sampler: Sampler, pipeline: LogitsPipeline, comm: Comm, groups: tuple[KVGroup, ...],
                  num_layers: int, backends: Mapping[int, AttentionBackend], caches: Mapping[int, LayerCache], state: BatchState,
                  device: torch.device) -> None:
-        self._model, self._sampler, self._pipeline, self._comm, self._device = model, sampler, pipeline, comm, device
+        self._model, self._comm, self._device = model, comm, device
         self._groups, self._num_layers = groups, num_layers
         self._backends, self._caches = backends, caches
         self._state = state
+        self._rows = RowSampler(sampler, pipeline, state)
 
     @torch.inference_mode()
     def execute(self, step: Step) -> StepResult:
-        """Compute a step's ranges and sample those that ask for it."""
+        """Compute a step's ranges and sample those that ask for it. See `Worker.execute` about what comes again."""
         self._state.apply(step)
         if not step.ranges:
             return StepResult(step.step_id, ())
@@ -44,12 +47,16 @@ class Runner:
         ctx = ForwardContext(self._comm, self._layer_steps(indices))
         inputs = ModelInputs(token_ids=self._to_device(indices.token_ids), positions=self._to_device(indices.positions)[None])
         hidden = self._model.forward(inputs, ctx).hidden
-        sampled: dict[int, RowResult] = {}
-        if len(indices.sampled):
-            last = self._to_device(indices.query_starts[indices.sampled + 1].astype(np.int64) - 1)
-            logits = self._model.logits(hidden[last], ctx).float()
-            sampled = self._sample(step, indices, logits)
-        return StepResult(step.step_id, tuple(sampled.get(i) or RowResult(r.sequence_id) for i, r in enumerate(step.ranges)))
+
+        def logits_of(rows: torch.Tensor) -> torch.Tensor:
+            return self._model.logits(rows, ctx)
+
+        prompt_rows = self._prompt_logprobs(step, indices, hidden, logits_of)
+        sampled = self._sample(step, indices, hidden, logits_of)
+        rows = [sampled.get(i) or RowResult(r.sequence_id) for i, r in enumerate(step.ranges)]
+        for i, found in prompt_rows.items():
+            rows[i] = rows[i]._replace(prompt_logprobs=found)
+        return StepResult(step.step_id, tuple(rows))
 
     def _layer_steps(self, indices: StepIndices) -> Sequence[LayerStep | None]:
         """Prepare each group once per backend, and hand every layer its backend, cache and metadata."""
@@ -71,38 +78,27 @@ class Runner:
                 steps[i] = LayerStep(self._backends[i], self._caches[i], prepared[id(self._backends[i])])
         return steps
 
-    def _sample(self, step: Step, indices: StepIndices, logits: torch.Tensor) -> dict[int, RowResult]:
-        """Sample every asking range's last row, remember the tokens, and return results by index into the ranges."""
-        rows = indices.rows[indices.sampled]
+    def _sample(self, step: Step, indices: StepIndices, hidden: torch.Tensor, logits_of: LogitsOf) -> dict[int, RowResult]:
+        """Sample every asking range's last row; results by index into the ranges."""
+        if not len(indices.sampled):
+            return {}
+        last = self._to_device(indices.query_starts[indices.sampled + 1].astype(np.int64) - 1)
         positions = indices.context_tokens[indices.sampled].astype(np.int64)
         ranges = [step.ranges[i] for i in indices.sampled]
-        processors = [self._state.processors[row] for row in rows]
-        logits = self._pipeline.apply(logits, processors)
-        done = self._sampler.sample(logits, SamplingRows(
-            sequence_ids=np.array([r.sequence_id for r in ranges]),
-            row_starts=np.arange(len(ranges) + 1),
-            params=[p for p in (self._state.params[row] for row in rows) if p is not None],
-            temperatures=self._state.temperatures[rows],
-            seeds=self._state.seeds[rows],
-            sample_indices=self._state.sample_indices[rows],
-            positions=positions,
-        ))
-        token_ids = done.token_ids.cpu().numpy()
-        self._state.write_sampled(rows, positions, token_ids)
-        for sequence, token_id in zip(processors, token_ids.tolist(), strict=True):
-            if sequence.states:
-                self._pipeline.advance(sequence, (token_id,))
-        return {int(i): _row_result(r.sequence_id, s, token, done) for s, (i, r, token)
-                in enumerate(zip(indices.sampled, ranges, token_ids.tolist(), strict=True))}
+        results = self._rows.sample(ranges, indices.rows[indices.sampled], positions, hidden[last], logits_of)
+        return dict(zip(indices.sampled.tolist(), results, strict=True))
+
+    def _prompt_logprobs(self, step: Step, indices: StepIndices, hidden: torch.Tensor,
+                         logits_of: LogitsOf) -> dict[int, tuple[Candidates, ...]]:
+        """Of the ranges whose requests ask for them, by index into the ranges."""
+        out: dict[int, tuple[Candidates, ...]] = {}
+        for i in np.flatnonzero(self._state.num_prompt_candidates[indices.rows] >= 0).tolist():
+            part = slice(int(indices.query_starts[i]), int(indices.query_starts[i + 1]))
+            found = self._rows.prompt_logprobs(step.ranges[i], int(indices.rows[i]), hidden[part], logits_of)
+            if found is not None:
+                out[i] = found
+        return out
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         """On the CPU the tensor shares the array's memory."""
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
-
-
-def _row_result(sequence_id: int, index: int, token_id: int, done: SampledTokens) -> RowResult:
-    """The sampled token, or the reason why this row could not be sampled."""
-    reason = done.failed.get(index)
-    if reason is not None:
-        return RowResult(sequence_id, error=RowError("RequestFailedError", reason))
-    return RowResult(sequence_id, (token_id,))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kvloom.config import EngineConfig
-from kvloom.errors import InternalError, NotRegisteredError
+from kvloom.errors import InternalError, NotRegisteredError, RequestError
 from kvloom.hooks.loader import PluginSet
 from kvloom.interfaces import Model, NewSequence, SequenceView, Step, StepResult, WeightLoader, WorkerReport
 from kvloom.runtime.batch import BatchState
@@ -16,7 +16,7 @@ from kvloom.runtime.builder import BuiltModel, ModelSource, build_model
 from kvloom.runtime.comm import LocalComm
 from kvloom.runtime.host_memory import host_memory
 from kvloom.runtime.kv_tensors import allocate
-from kvloom.runtime.logits import LogitsPipeline, make_processors
+from kvloom.runtime.logits import NO_PROCESSORS, LogitsPipeline, SequenceProcessors, make_processors
 from kvloom.runtime.memory import MemoryPlan, memory_needs, plan_memory
 from kvloom.runtime.runner import Runner
 from kvloom.runtime.weights import check_catalog, load_weights, wanted_infos, wanted_slots
@@ -103,8 +103,7 @@ class DeviceWorker:
         sampler = self._plugins.registries["samplers"].resolve(DEFAULT_SAMPLER).load()()
         pipeline = LogitsPipeline(make_processors(self._plugins.registries["logits_processors"]))
         vocab_size = self._source.config.vocab_size
-        state = BatchState(limits.max_num_seqs, limits.max_model_len, groups,
-                           lambda new: pipeline.start(_view(new, vocab_size), new.token_ids[new.prompt_tokens:]))
+        state = BatchState(limits.max_num_seqs, limits.max_model_len, groups, lambda new: _start(pipeline, new, vocab_size))
         num_layers = len(built.model.state_specs())
         self._runner = Runner(built.model, sampler, pipeline, self._comm, groups, num_layers, built.backends, caches,
                               state, self._device)
@@ -125,12 +124,16 @@ class DeviceWorker:
         return self._built
 
 
-def _view(new: NewSequence, vocab_size: int) -> SequenceView:
-    """What processors may know of a sequence. Raises `InternalError` for one that does not generate."""
-    if new.sampling is None:
-        raise InternalError(f"sequence {new.sequence_id} has no sampling parameters")
+def _start(pipeline: LogitsPipeline, new: NewSequence, vocab_size: int) -> SequenceProcessors:
+    """States of a sequence that comes. What a plugin raises is kept for its first row: the step goes on."""
+    if new.sampling is None or not new.processors:
+        return NO_PROCESSORS
     prompt = new.token_ids[:new.prompt_tokens]
-    return SequenceView(new.sequence_id, new.sample_index, prompt, new.sampling, vocab_size, new.end_token_ids)
+    view = SequenceView(new.sequence_id, new.sample_index, prompt, new.sampling, vocab_size, new.end_token_ids)
+    try:
+        return pipeline.start(view, new.processors, new.token_ids[new.prompt_tokens:])
+    except RequestError as error:
+        return SequenceProcessors({}, error)
 
 
 def _kernels_note() -> str:

@@ -98,17 +98,22 @@ class FakeWorker:
         self._max_num_seqs = max_num_seqs
         self._blocks: list[list[Slot | None]] = [[None] * groups[0].block_tokens for _ in range(num_blocks)]
         self._rows: dict[int, _Row] = {}
+        self._last_step_id = -1
+        self._appended: set[int] = set()
 
     def execute(self, step: Step, fails: Callable[[TokenRange], str | None]) -> StepResult:
-        """Apply the step's deltas, then compute its ranges in order.
+        """Apply the step's deltas unless it comes again, then compute its ranges in order.
 
         Raises:
             KVMismatchError: the step contradicts this worker's state.
         """
-        for sequence_id in (*step.finished, *step.preempted):
-            self._rows.pop(sequence_id, None)
-        for new in (*step.new, *step.resumed):
-            self._rows[new.sequence_id] = _Row(new)
+        if step.step_id != self._last_step_id:
+            self._last_step_id = step.step_id
+            self._appended.clear()
+            for sequence_id in (*step.finished, *step.preempted):
+                self._rows.pop(sequence_id, None)
+            for new in (*step.new, *step.resumed):
+                self._rows[new.sequence_id] = _Row(new)
         if self._max_num_seqs is not None and len(self._rows) > self._max_num_seqs:
             raise KVMismatchError(f"step {step.step_id} brings {len(self._rows)} sequences, there is room for {self._max_num_seqs}")
         return StepResult(step.step_id, tuple(self._compute(r, fails(r)) for r in step.ranges))
@@ -117,8 +122,10 @@ class FakeWorker:
         row = self._rows.get(r.sequence_id)
         if row is None:
             raise KVMismatchError(f"sequence {r.sequence_id} is unknown")
-        for table, blocks in zip(row.tables, r.new_blocks, strict=bool(r.new_blocks)):
-            table.extend(blocks)
+        if r.new_blocks and r.sequence_id not in self._appended:
+            self._appended.add(r.sequence_id)
+            for table, blocks in zip(row.tables, r.new_blocks, strict=True):
+                table.extend(blocks)
         end = r.start + r.num_tokens
         self._check_range(r, row, end)
         self._extend_states(row, end)
@@ -177,7 +184,8 @@ class FakeExecutor(Executor):
         model: gives the tokens.
         max_in_flight: how many steps may be submitted before the first is collected.
         max_num_seqs: sequences that the worker can remember; None sets no bound.
-        fails_step: asked for each step; True makes `collect` raise RuntimeError, before the step did anything.
+        fails_step: asked for each step, also when it comes again for one range; True makes `collect` raise RuntimeError, before the
+            step did anything.
         fails_row: asked for each range; a text makes that row an error.
     """
 

@@ -1,23 +1,30 @@
-// Choosing from long vocabularies without sorting them: rows of float32 logits [rows, size].
+// Choosing from long vocabularies without sorting them, and the log-probabilities of what was chosen: rows of logits [rows, size].
 #include "common.h"
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <vector>
 
 namespace {
 
 typedef double f64x16 __attribute__((vector_size(128)));
 
-constexpr int BLOCK = 256;  // elements whose weights are summed before the running total moves on
+constexpr int BLOCK = 256;  // elements whose weights are summed before the running total moves on; skipped when none is large enough
 constexpr int DIGITS = 11;  // bits of a key that are looked at in one pass; three passes see all 32
 constexpr int BUCKETS = 1 << DIGITS;
+const f32x16 LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// The first n lanes; the others are minus infinity.
+template <class T> inline f32x16 load_or_lowest(const T* p, int64_t n) {
+    if (n >= LANES) return load<T>(p);
+    return LANE < float(n) ? load_n<T>(p, int(n)) : splat(-INFINITY);
+}
 
 // e^(x - best), 0 for what is out of reach: e^-87 is 1e-38 of the best.
 inline f32x16 weights(const float* x, int n, float best) {
     f32x16 shifted = load_n<float>(x, n) - best;
     f32x16 w = exponential(shifted);
-    const f32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return (shifted > -87.0f) & (lane < float(n)) ? w : f32x16{};
+    return (shifted > -87.0f) & (LANE < float(n)) ? w : f32x16{};
 }
 
 inline double block_sum(const float* x, int64_t n, float best) {
@@ -35,13 +42,30 @@ inline uint32_t key_of(float x) {
     std::memcpy(&bits, &x, sizeof bits);
     return bits & 0x80000000u ? bits : ~(bits | 0x80000000u);
 }
+inline float logit_of(uint32_t key) {
+    uint32_t bits = key & 0x80000000u ? key : ~(key | 0x80000000u);
+    float out;
+    std::memcpy(&out, &bits, sizeof out);
+    return out;
+}
 
-// The smallest logit that is kept: that of the token with which the mass of the best tokens reaches `wanted`.
+// The keys of a row, and its largest logit: NaN if there is one. Integers, because compilers vectorize their minimum everywhere.
+float keys_and_largest(const float* x, int64_t size, uint32_t* keys) {
+    uint32_t smallest = UINT32_MAX;
+    int nan = 0;
+    for (int64_t i = 0; i < size; i++) {
+        keys[i] = key_of(x[i]);
+        smallest = keys[i] < smallest ? keys[i] : smallest;
+        nan |= x[i] != x[i];
+    }
+    return nan ? NAN : logit_of(smallest);
+}
+
+// The smallest logit that is kept: that of the token with which the mass of the best tokens reaches `wanted`. NaN if a logit is.
 float top_p_threshold(const float* x, int64_t size, float wanted) {
-    float best = x[0];
-    for (int64_t i = 1; i < size; i++) best = x[i] > best ? x[i] : best;
     std::vector<float> mass(size + LANES);
     std::vector<uint32_t> keys(size);
+    float best = keys_and_largest(x, size, keys.data());
     double total = 0;
     for (int64_t i = 0; i < size; i += LANES) {
         int n = int(size - i < LANES ? size - i : LANES);
@@ -50,7 +74,6 @@ float top_p_threshold(const float* x, int64_t size, float wanted) {
         total += sum(w);
     }
     if (!(total > 0)) return best;  // nothing is allowed, or the row is broken: the sampler says so
-    for (int64_t i = 0; i < size; i++) keys[i] = key_of(x[i]);
     double missing = wanted * total;
     std::vector<int32_t> alive;  // elements that share all digits chosen so far
     uint32_t chosen = 0;
@@ -85,15 +108,129 @@ float top_p_threshold(const float* x, int64_t size, float wanted) {
     return best;
 }
 
+// NaN is passed over.
+template <class T> inline float block_largest(const T* x, int64_t n) {
+    f32x16 best = splat(-INFINITY);
+    for (int64_t i = 0; i < n; i += LANES) {
+        f32x16 next = load_or_lowest<T>(x + i, n - i);
+        best = next > best ? next : best;
+    }
+    return largest(best);
+}
+
+// Sum of e^(x - best). A lane adds 16 numbers in float32, an error below 1e-6; what is out of reach counts as 1e-38. NaN if a logit is.
+template <class T> inline float block_weight(const T* x, int64_t n, float best) {
+    f32x16 total = {};
+    for (int64_t i = 0; i < n; i += LANES) total += exponential(load_or_lowest<T>(x + i, n - i) - best);
+    return sum(total);
+}
+
+template <class T> inline int64_t block_larger(const T* x, int64_t n, float than) {
+    i32x16 counts = {};
+    for (int64_t i = 0; i < n; i += LANES) counts -= load_or_lowest<T>(x + i, n - i) > than;  // true is -1
+    int64_t total = 0;
+    for (int i = 0; i < LANES; i++) total += counts[i];
+    return total;
+}
+
+// The k best of what is offered in the order of token ids: best first, among ties the lower id first.
+class Best {
+  public:
+    // `floor`: k of those to come are at least as large.
+    Best(int64_t k, float floor) : k_(size_t(k)), floor_(floor) { list_.reserve(k_ + 1); }
+
+    bool takes(float x) const { return list_.size() < k_ ? x >= floor_ : k_ > 0 && x > list_.back().logit; }
+
+    template <class T> void offer_block(const T* x, int64_t n, int64_t first) {
+        for (int64_t i = 0; i < n; i += LANES) {
+            f32x16 next = load_or_lowest<T>(x + i, n - i);
+            if (!takes(largest(next))) continue;
+            for (int j = 0; j < LANES && i + j < n; j++)
+                if (takes(next[j])) insert(next[j], first + i + j);
+        }
+    }
+
+    // As if the first k tokens were the best ones.
+    void give_up() {
+        list_.clear();
+        for (size_t i = 0; i < k_; i++) list_.push_back({NAN, int64_t(i)});
+    }
+
+    struct Entry {
+        float logit;
+        int64_t token;
+    };
+    const std::vector<Entry>& list() const { return list_; }
+
+  private:
+    void insert(float x, int64_t token) {
+        if (list_.size() == k_) list_.pop_back();
+        size_t at = list_.size();
+        list_.push_back({x, token});
+        for (; at > 0 && list_[at - 1].logit < x; at--) list_[at] = list_[at - 1];
+        list_[at] = {x, token};
+    }
+
+    size_t k_;
+    float floor_;
+    std::vector<Entry> list_;
+};
+
+// The k-th largest: as many logits are at least that large. Minus infinity if there are fewer than k.
+float kth_largest(std::vector<float> values, int64_t k) {
+    if (k <= 0 || int64_t(values.size()) < k) return -INFINITY;
+    std::nth_element(values.begin(), values.begin() + (k - 1), values.end(), std::greater<float>());
+    return values[k - 1];
+}
+
+// One row of `kvloom_token_logprobs`: its blocks' maxima first, then the rest of the work where they say there is some.
+template <class T>
+void token_logprobs(const T* x, int64_t size, int64_t chosen, int64_t k, int64_t* token_ids, float* logprobs, int64_t* ranks) {
+    std::vector<float> maxima;
+    maxima.reserve((size + BLOCK - 1) / BLOCK);
+    for (int64_t i = 0; i < size; i += BLOCK) maxima.push_back(block_largest(x + i, std::min<int64_t>(BLOCK, size - i)));
+    float largest_logit = *std::max_element(maxima.begin(), maxima.end()), chosen_logit = load1<T>(x + chosen);
+    Best best(k, kth_largest(maxima, k));
+    double total = 0;
+    int64_t larger = 0;
+    for (int64_t i = 0, block = 0; i < size; i += BLOCK, block++) {
+        int64_t n = std::min<int64_t>(BLOCK, size - i);
+        total += block_weight(x + i, n, largest_logit);
+        if (maxima[block] > chosen_logit) larger += block_larger(x + i, n, chosen_logit);
+        if (best.takes(maxima[block])) best.offer_block(x + i, n, i);
+    }
+    if (total != total) best.give_up();
+    double log_total = double(largest_logit) + std::log(total);
+    token_ids[0] = chosen;
+    logprobs[0] = float(chosen_logit - log_total);
+    ranks[0] = larger + 1;
+    for (int64_t i = 1; i <= k; i++) {
+        token_ids[i] = best.list()[i - 1].token;
+        logprobs[i] = float(best.list()[i - 1].logit - log_total);
+        ranks[i] = i;
+    }
+}
+
+template <class T>
+void token_logprobs_rows(const T* logits, int64_t stride, const int64_t* chosen, int64_t k, int64_t* token_ids, float* logprobs,
+                         int64_t* ranks, int64_t rows, int64_t size, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t at = r * (1 + k);
+        token_logprobs<T>(logits + r * stride, size, chosen[r], k, token_ids + at, logprobs + at, ranks + at);
+    }
+}
+
 }  // namespace
 
 // Sets to minus infinity what is not among the best tokens whose probabilities add up to p[row]; ties with the last one stay.
+// A row with a NaN stays as it is.
 extern "C" void kvloom_top_p(float* logits, const float* p, int64_t rows, int64_t size, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t r = 0; r < rows; r++) {
         float* x = logits + r * size;
         float threshold = top_p_threshold(x, size, p[r]);
-        for (int64_t i = 0; i < size; i++) x[i] = x[i] >= threshold ? x[i] : -INFINITY;
+        for (int64_t i = 0; i < size; i++) x[i] = x[i] < threshold ? -INFINITY : x[i];
     }
 }
 
@@ -125,4 +262,14 @@ extern "C" void kvloom_draw(const float* logits, const float* best, const double
         }
         out[r] = token;
     }
+}
+
+// Log-probability and rank of chosen[row] and of the k best tokens of each row: outputs [rows, 1 + k], the chosen one first.
+// `stride` is the distance of rows in elements; 0 <= chosen[row] < size, k <= size. NaN in a row: its log-probabilities are NaN.
+extern "C" void kvloom_token_logprobs(const void* logits, int64_t stride, const int64_t* chosen, int64_t k, int64_t* token_ids,
+                                      float* logprobs, int64_t* ranks, int64_t rows, int64_t size, int is_bf16, int threads) {
+    if (is_bf16)
+        token_logprobs_rows((const bf16*)logits, stride, chosen, k, token_ids, logprobs, ranks, rows, size, threads);
+    else
+        token_logprobs_rows((const float*)logits, stride, chosen, k, token_ids, logprobs, ranks, rows, size, threads);
 }

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import transformers
 
@@ -15,22 +15,42 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.js
 
 
 class AutoTokenizer(Tokenizer):
-    """The fast tokenizer where the directory has one, else the slow one. Code in the directory is never run."""
+    """The implementation that the library has for the files: fast (Rust) for nearly all, Python for a few old models.
 
-    use_fast: ClassVar[bool] = True
+    Since transformers 5 each model has one of the two, ``use_fast`` is ignored. Code in the directory is never run.
+    """
 
     def __init__(self, directory: Path, *, trust_remote_code: bool = False) -> None:
         try:
             self._hf = transformers.AutoTokenizer.from_pretrained(
-                str(directory), use_fast=self.use_fast, trust_remote_code=False, local_files_only=True,
-                clean_up_tokenization_spaces=False)
+                str(directory), trust_remote_code=False, local_files_only=True, clean_up_tokenization_spaces=False)
         except Exception as error:
             found = ", ".join(f for f in FILES if (directory / f).exists()) or "none of them"
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"no tokenizer can be loaded from {directory} (looked for {', '.join(FILES)}; found {found}): "
                              f"{type(error).__name__}: {reason}. Give tokenizer=..., or skip_tokenizer_init=True and token "
                              "prompts") from error
+        vocabulary = self._hf.get_vocab()
+        self._vocab_size = max(vocabulary.values(), default=-1) + 1
+        self._gaps = frozenset(range(self._vocab_size)).difference(vocabulary.values())
         self._special = frozenset(self._hf.all_special_ids)
+        if self.is_fast:  # it leaves these out too, named in the configuration or not
+            self._special |= {i for i, token in self._hf.added_tokens_decoder.items() if token.special}
+        self._bytes = self._find_byte_tokens(vocabulary)
+        self._texts: dict[int, str] = {}
+
+    def _find_byte_tokens(self, vocabulary: Mapping[str, int]) -> frozenset[int]:
+        """Tokens ``<0x..>``, if a byte that is no text takes a character before it back."""
+        names = [[f"<0x{byte:02X}>", f"<0x{byte:02x}>"] for byte in range(256)]
+        ids = [[vocabulary[name] for name in same if name in vocabulary] for same in names]
+        if not ids[0x41] or not ids[0xFF] or "A" in self.decode([ids[0x41][0], ids[0xFF][0]], skip_special_tokens=False):
+            return frozenset()
+        return frozenset(i for same in ids for i in same)
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether the library's Rust implementation does the work."""
+        return bool(getattr(self._hf, "is_fast", False))
 
     @property
     def underlying(self) -> Any:
@@ -40,7 +60,7 @@ class AutoTokenizer(Tokenizer):
     @property
     def vocab_size(self) -> int:
         """See `Tokenizer.vocab_size`."""
-        return max(self._hf.get_vocab().values(), default=-1) + 1
+        return self._vocab_size
 
     @property
     def eos_token_id(self) -> int | None:
@@ -58,6 +78,11 @@ class AutoTokenizer(Tokenizer):
         return self._special
 
     @property
+    def byte_token_ids(self) -> frozenset[int]:
+        """See `Tokenizer.byte_token_ids`."""
+        return self._bytes
+
+    @property
     def chat_template(self) -> str | None:
         """See `Tokenizer.chat_template`."""
         template = self._hf.chat_template
@@ -67,16 +92,32 @@ class AutoTokenizer(Tokenizer):
         """See `Tokenizer.encode`."""
         return [int(i) for i in self._hf(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]]
 
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True) -> str:
         """See `Tokenizer.decode`."""
-        return str(self._hf.decode(list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False))
+        options: dict[str, bool] = {}
+        if isinstance(self._hf, transformers.PreTrainedTokenizer):  # the fast ones know no such choice
+            options["spaces_between_special_tokens"] = spaces_between_special_tokens and not skip_special_tokens
+        known = [i for i in token_ids if self._knows(i)]
+        return str(self._hf.decode(known, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False, **options))
 
     def token_text(self, token_id: int) -> str:
         """See `Tokenizer.token_text`."""
-        return self.decode([token_id], skip_special_tokens=False)
+        if not self._knows(token_id):
+            return ""
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self.decode([token_id], skip_special_tokens=False)
+        return text
+
+    def _knows(self, token_id: int) -> bool:
+        return 0 <= token_id < self._vocab_size and token_id not in self._gaps
 
 
 class SlowTokenizer(AutoTokenizer):
-    """The library's Python tokenizer, for models whose fast one is wrong."""
+    """The library's Python implementation. transformers 5 has one only for models without a fast one (ByT5, CTRL, BioGPT, ...)."""
 
-    use_fast = False
+    def __init__(self, directory: Path, *, trust_remote_code: bool = False) -> None:
+        super().__init__(directory, trust_remote_code=trust_remote_code)
+        if self.is_fast:
+            raise ModelError(f"tokenizer_mode='slow' asks for a Python tokenizer, but transformers {transformers.__version__} has only "
+                             f"the fast {type(self._hf).__name__} for the files in {directory}. Use tokenizer_mode='auto'")

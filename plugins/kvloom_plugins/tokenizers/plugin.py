@@ -10,6 +10,6 @@ KVLOOM_API = {"tokenizers": 0}
 
 @hookimpl
 def kvloom_register_tokenizers(registry: Registrar) -> None:
-    """transformers' tokenizers: the fast one where there is one, or always the slow one."""
+    """transformers' tokenizers: whichever implementation it has, or only a Python one."""
     registry.add("auto", "kvloom_plugins.tokenizers.hf:AutoTokenizer")
     registry.add("slow", "kvloom_plugins.tokenizers.hf:SlowTokenizer")

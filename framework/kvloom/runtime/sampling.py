@@ -1,0 +1,101 @@
+"""The end of a step: logits of the asking rows -> processors -> tokens, with the log-probabilities that were asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvloom.errors import RequestError
+from kvloom.interfaces.sampling import SampledTokens, Sampler, SamplingRows
+from kvloom.interfaces.step import RowError, RowResult, TokenRange
+from kvloom.runtime.batch import Array, BatchState
+from kvloom.runtime.logits import LogitsPipeline, SequenceProcessors
+from kvloom.runtime.logprobs import Candidates, candidates, prompt_candidates
+
+LogitsOf = Callable[[Tensor], Tensor]
+"""``hidden [r, H] -> logits [r, V]`` of the model."""
+
+
+class RowSampler:
+    """Samples the rows of a step. Nothing it remembers changes before all of them are sampled."""
+
+    def __init__(self, sampler: Sampler, pipeline: LogitsPipeline, state: BatchState) -> None:
+        self._sampler, self._pipeline, self._state = sampler, pipeline, state
+
+    def sample(self, ranges: Sequence[TokenRange], rows: Array, positions: Array, hidden: Tensor, logits_of: LogitsOf) -> list[RowResult]:
+        """One result a range.
+
+        Args:
+            ranges: those whose last position is sampled.
+            rows, positions: ``[S]`` row in the batch state, and position that the sampled token will have.
+            hidden: ``[S, H]`` of the last positions.
+        """
+        processors = [self._state.processors[row] for row in rows]
+        raw = logits_of(hidden)
+        wanted = self._state.num_candidates[rows]
+        asking = np.flatnonzero(wanted >= 0)
+        # The raw logits must outlive the processors, which work in place.
+        logits = raw.clone() if raw.dtype is torch.float32 and len(asking) else raw.float()
+        done = self._sampler.sample(self._pipeline.apply(logits, processors), self._sampling_rows(ranges, rows, positions))
+        logprobs = self._logprobs(raw, done.token_ids, wanted, asking)
+        failed = {s: self._failure(s, done, hidden, processors, logits_of) for s in done.failed}
+        failed |= {s: _row_error(p.error) for s, p in enumerate(processors) if p.error is not None}
+        token_ids = done.token_ids.cpu().numpy()
+        self._state.write_sampled(rows, positions, token_ids)
+        for s, (sequence, token_id) in enumerate(zip(processors, token_ids.tolist(), strict=True)):
+            if sequence.states and s not in failed:
+                failed |= self._advance(s, sequence, token_id)
+        return [RowResult(r.sequence_id, error=failed[s]) if s in failed else RowResult(r.sequence_id, (token_id,), logprobs.get(s))
+                for s, (r, token_id) in enumerate(zip(ranges, token_ids.tolist(), strict=True))]
+
+    def _sampling_rows(self, ranges: Sequence[TokenRange], rows: Array, positions: Array) -> SamplingRows:
+        state = self._state
+        return SamplingRows(
+            sequence_ids=np.array([r.sequence_id for r in ranges]),
+            row_starts=np.arange(len(ranges) + 1),
+            params=[p for p in (state.params[row] for row in rows) if p is not None],
+            temperatures=state.temperatures[rows],
+            seeds=state.seeds[rows],
+            sample_indices=state.sample_indices[rows],
+            positions=positions,
+        )
+
+    def _logprobs(self, raw: Tensor, token_ids: Tensor, wanted: Array, asking: Array) -> dict[int, tuple[Candidates, ...]]:
+        """Of the rows that ask, by index."""
+        if not len(asking):
+            return {}
+        if len(asking) < len(wanted):
+            index = torch.from_numpy(asking).to(raw.device)
+            raw, token_ids = raw[index], token_ids[index]
+        found = candidates(raw, token_ids, wanted[asking].tolist())
+        return {int(s): (row,) for s, row in zip(asking, found, strict=True)}
+
+    def _failure(self, s: int, done: SampledTokens, hidden: Tensor, processors: Sequence[SequenceProcessors],
+                 logits_of: LogitsOf) -> RowError:
+        """Why a row could not be sampled: its logits are computed again, and its processors run one by one."""
+        if processors[s].error is not None or not processors[s].states:
+            return RowError("RequestFailedError", done.failed[s])
+        return RowError("RequestFailedError", self._pipeline.blame(logits_of(hidden[s:s + 1]).float().clone(), processors[s]))
+
+    def _advance(self, s: int, sequence: SequenceProcessors, token_id: int) -> dict[int, RowError]:
+        try:
+            self._pipeline.advance(sequence, (token_id,))
+        except RequestError as error:
+            return {s: _row_error(error)}
+        return {}
+
+    def prompt_logprobs(self, r: TokenRange, row: int, hidden: Tensor, logits_of: LogitsOf) -> tuple[Candidates, ...] | None:
+        """Of the prompt tokens after each of the range's positions, None when nobody asked; ``hidden [num_tokens, H]``."""
+        wanted = int(self._state.num_prompt_candidates[row])
+        end = min(r.start + r.num_tokens, int(self._state.prompt_tokens[row]) - 1)
+        if wanted < 0 or end <= r.start:
+            return None
+        following = torch.from_numpy(self._state.token_ids[row, r.start + 1:end + 1]).to(hidden.device)
+        return tuple(prompt_candidates(hidden[:end - r.start], following, wanted, logits_of))
+
+
+def _row_error(error: RequestError) -> RowError:
+    return RowError(type(error).__name__, str(error))
