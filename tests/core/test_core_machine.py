@@ -7,6 +7,7 @@ plain loop without a cache gives it, and every block has come back.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 from core_helpers import make_groups
 from hypothesis import HealthCheck, settings
@@ -66,17 +67,20 @@ class CoreMachine(RuleBasedStateMachine):
 
     @rule(prompts=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 40), st.integers(0, 2)), min_size=1, max_size=4),
           max_tokens=st.one_of(st.none(), st.integers(1, 20)), priority=st.integers(-1, 1), salt=st.sampled_from([b"", b"", b"x"]),
-          reads=st.sampled_from([True, True, True, False]), ignore_eos=st.booleans())
-    def arrive(self, prompts, max_tokens, priority, salt, reads, ignore_eos):
+          reads=st.sampled_from([True, True, True, False]), ignore_eos=st.booleans(), n=st.sampled_from([1, 1, 2, 4]))
+    def arrive(self, prompts, max_tokens, priority, salt, reads, ignore_eos, n):
         for first, length, own in prompts:
             # Blocks of equal tokens after different beginnings, and prompts that are beginnings of others.
             prompt = (first, *(position % 3 for position in range(length)), *range(10, 10 + own))
-            sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=[STOP], ignore_eos=ignore_eos)
+            sampling = SamplingParams(n=n, max_tokens=max_tokens, stop_token_ids=[STOP], ignore_eos=ignore_eos)
             spec = RequestSpec(prompt, sampling, priority, eos_token_id=EOS, cache_root=salt, read_prefix_cache=reads)
             try:
-                self.requests.append(self.scheduler.add(spec))
+                leader = self.scheduler.add(spec)
             except RequestValidationError as error:
                 assert error.parameter in ("prompt_token_ids", "max_tokens")  # noqa: PT017
+                continue
+            siblings = [replace(spec, sample_index=i, leader=leader.sequence_id, read_prefix_cache=True) for i in range(1, n)]
+            self.requests += [leader, *map(self.scheduler.add, siblings)]
 
     @rule(rounds=st.integers(1, 10))
     def run(self, rounds):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from core_helpers import Harness
 
+from kvloom.core import RequestSpec
 from kvloom.core.wire import from_wire, to_wire
 from kvloom.errors import InternalError, RequestValidationError, UnsupportedFeatureError
 from kvloom.interfaces import RowError, RowResult, StepResult, TokenLogprob
@@ -136,6 +137,61 @@ def test_a_step_that_fails_ends_its_requests_and_no_others() -> None:
     assert [r.finish.reason for r in doomed] == ["error", "error"]
     assert all("was made to fail" in str(r.error.__cause__) for r in doomed)
     assert waiting.output_token_ids == h.expected(waiting)
+
+
+@pytest.mark.parametrize("failing", [{1}, {0, 2}, {0, 1, 2}])
+def test_a_step_that_raises_is_repeated_for_each_request_alone(failing: set) -> None:
+    def fails(step) -> bool:
+        return step.step_id == 3 and (len(step.ranges) > 1 or step.ranges[0].sequence_id in failing)
+
+    h = Harness(fails_step=fails, block_tokens=2, max_num_batched_tokens=128)
+    requests = [h.add([i, 5, 6], max_tokens=9) for i in range(3)]
+    h.run()
+    for i, request in enumerate(requests):
+        assert (request.finish.reason == "error") == (i in failing)
+        assert request.output_token_ids == h.expected(request)[:3 if i in failing else None]
+    assert [len(s.ranges) for s in h.executor.steps if s.step_id == 3] == [3, 1, 1, 1]
+
+
+def test_with_steps_in_flight_behind_it_nothing_is_repeated() -> None:
+    h = Harness(fails_step=lambda step: step.step_id == 1, max_in_flight=2)
+    doomed = h.add([1])
+    h.run()
+    assert doomed.finish.reason == "error"
+    assert [s.step_id for s in h.executor.steps].count(1) == 1
+
+
+def add_siblings(h: Harness, prompt, n: int, **spec):
+    sampling = SamplingParams(n=n, max_tokens=6)
+    leader = h.engine.add(RequestSpec(tuple(prompt), sampling, **spec))
+    return [leader, *(h.engine.add(RequestSpec(tuple(prompt), sampling, sample_index=i, leader=leader.sequence_id, **spec)) for i in range(1, n))]
+
+
+@pytest.mark.parametrize("limits", [{}, {"enable_prefix_caching": False}, {"long_prefill_token_threshold": 7}], ids=str)
+def test_siblings_wait_for_their_leaders_prompt_and_share_its_blocks(limits: dict) -> None:
+    h = Harness(max_num_batched_tokens=64, **limits)
+    siblings = add_siblings(h, range(21), 4)
+    while not siblings[0].output_tokens:
+        assert (h.scheduler.num_running, h.scheduler.num_waiting) in ((0, 4), (1, 3))
+        h.step()
+    h.step()
+    assert [r.sequence_id for r in h.last_step.ranges] == [0, 1, 2, 3]
+    assert [r.start for r in h.last_step.ranges] == [21, 20, 20, 20]
+    assert h.scheduler.num_usable_blocks - h.scheduler.num_free_blocks == 5 + 4  # 20 tokens in common, 4 last blocks
+    h.run()
+    assert all(r.output_token_ids == h.expected(r) for r in siblings)
+
+
+def test_siblings_start_when_their_leader_ends_without_a_token_and_can_be_forgotten_while_they_wait() -> None:
+    h = Harness(max_num_batched_tokens=8)
+    siblings = add_siblings(h, range(20), 4)
+    h.step()
+    h.engine.abort(siblings[2].sequence_id)
+    assert h.scheduler.num_waiting == 2
+    h.scheduler.check_integrity()
+    h.engine.abort(siblings[0].sequence_id)
+    h.run()
+    assert [r.output_tokens for r in siblings] == [0, 6, 0, 6]
 
 
 def test_a_row_that_fails_ends_its_request_and_no_others() -> None:

@@ -47,20 +47,111 @@ def test_stop_strings_wait_for_min_tokens(byte_tokenizer: Tokenizer) -> None:
     assert watch(byte_tokenizer, "a.b.c.", stop=".", min_tokens=3)[1:] == ("a.b", 4)
 
 
-def test_a_long_output_is_searched_in_linear_time(byte_tokenizer: Tokenizer) -> None:
-    searched = 0
+def test_a_stop_string_that_ended_while_min_tokens_waited_is_not_found_later(byte_tokenizer: Tokenizer) -> None:
+    assert watch(byte_tokenizer, "a.bcd", stop=["never there", "."], min_tokens=3) == (None, "a.bcd", 5)
+    assert watch(byte_tokenizer, "a.bcd", stop=["never there", ".bcd"], min_tokens=3) == (".bcd", "a", 5)
 
-    class Counted(str):
-        def find(self, *args: object) -> int:
-            nonlocal searched
-            searched += len(self) - args[1]
-            return super().find(*args)
 
-    found = StopStringWatch(byte_tokenizer, [], SamplingParams(stop="never"))
-    for token_id in byte_tokenizer.encode("a" * 2000, add_special_tokens=False):
-        found.text = Counted(found.text)
-        found.add([token_id])
-    assert searched <= 2000 * 10
+def in_tokens(tokenizer: Tokenizer, output: list[int], **params) -> tuple[str | None, str, int]:
+    """(stop string, text, tokens taken), a token at a time; what `take` gives never changes and makes the text."""
+    found, shown = StopStringWatch(tokenizer, [], SamplingParams(**params)), ""
+    for token_id in output:
+        stopped = found.add([token_id])
+        shown += found.take()
+        assert found.text.startswith(shown)
+        if stopped is not None:
+            break
+    found.finish()
+    assert found.add(output) == found.found, "later tokens are left out"
+    assert shown + found.take() == found.text
+    assert found.take() == ""
+    return found.found, found.text, found.num_tokens
+
+
+@pytest.fixture(scope="module")
+def words(shared_dir: Path) -> Tokenizer:
+    return AutoTokenizer(shared_dir / "data/gpt2-tokenizer")
+
+
+@pytest.fixture(scope="module")
+def stories(shared_dir: Path) -> Tokenizer:
+    return AutoTokenizer(shared_dir / "models/stories260k")
+
+
+@pytest.mark.parametrize(("text", "stop", "found", "before", "tokens"), [
+    (" Hello world again", "lo wor", "lo wor", " Hel", 2),         # across token borders
+    (" Hello world again", "ell", "ell", " H", 1),                 # inside one token
+    (" Hello world again", ["again", "l", "H"], "l", " He", 1),    # several in one piece: first in the list
+    (" Hello world again", ["o w", "r"], "o w", " Hell", 2),       # in the same piece, the second began there
+    ("日本語。終わり", "。終", "。終", "日本語", None),            # characters of several tokens
+    ("done 🎉🎉 really", "🎉 r", "🎉 r", "done 🎉", None),
+    (" Hello world", "worlds", None, " Hello world", 2),
+])
+@pytest.mark.parametrize("include", [False, True])
+def test_stop_strings_in_real_tokens(words: Tokenizer, text: str, stop, found: str | None, before: str, tokens: int | None, include: bool) -> None:
+    output = words.encode(text, add_special_tokens=False)
+    got = in_tokens(words, output, stop=stop, include_stop_str_in_output=include)
+    assert got[:2] == (found, before + (found or "") if include else before)
+    assert tokens is None or got[2] == tokens
+
+
+def run_of_bytes(tokenizer: Tokenizer, text: str) -> list[int]:
+    vocabulary = tokenizer.underlying.get_vocab()
+    return [vocabulary[f"<0x{byte:02X}>"] for byte in text.encode()]
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_string_in_what_was_held_back_until_the_end_is_found(words: Tokenizer, stories: Tokenizer, include: bool) -> None:
+    output = [*stories.encode("Once", add_special_tokens=False), *run_of_bytes(stories, "日本!")]
+    assert in_tokens(stories, output, stop="本", include_stop_str_in_output=include) == ("本", "Once日本" if include else "Once日", len(output))
+    half = words.encode("a🎉", add_special_tokens=False)[:-1]
+    assert in_tokens(words, half, stop="a\ufffd", include_stop_str_in_output=include)[:2] == ("a\ufffd", "a\ufffd" if include else "")
+    assert in_tokens(words, half, stop="\ufffd", min_tokens=len(half))[:2] == (None, "a\ufffd"), "no text after min_tokens"
+
+
+@given(output=st.lists(st.integers(0, 520), max_size=40), stops=st.lists(st.text("aeo t日\ufffd", min_size=1, max_size=4), max_size=3),
+       include=st.booleans(), skip=st.booleans())
+def test_what_is_taken_is_never_cut(stories: Tokenizer, output: list[int], stops: list[str], include: bool, skip: bool) -> None:
+    found, text, taken = in_tokens(stories, output, stop=stops, include_stop_str_in_output=include, skip_special_tokens=skip)
+    whole = stories.decode(output, skip_special_tokens=skip)
+    assert text == whole if found is None else whole.startswith(text)
+    if found is None:
+        assert taken == len(output)
+        assert not any(stop in whole for stop in stops)
+    elif include:
+        assert text.endswith(found)
+
+
+def test_text_is_shown_as_soon_as_it_cannot_begin_a_stop_string(byte_tokenizer: Tokenizer) -> None:
+    def shown(**params) -> list[str]:
+        found = StopStringWatch(byte_tokenizer, [], SamplingParams(**params))
+        given = []
+        for token_id in byte_tokenizer.encode("abcdef", add_special_tokens=False):
+            found.add([token_id])
+            given.append(found.take())
+        return given
+
+    assert shown(stop=["xyz", "q"]) == ["", "", "a", "b", "c", "d"]
+    assert shown(stop=["xyz"], include_stop_str_in_output=True) == shown(stop="q") == shown() == list("abcdef")
+
+
+class CharTokenizer:
+    """An id is a character."""
+
+    special_token_ids = byte_token_ids = frozenset()
+    vocab_size = 256
+
+    def decode(self, token_ids, **options) -> str:
+        return "".join(map(chr, token_ids))
+
+
+def test_what_is_searched_and_copied_for_a_piece_does_not_grow_with_the_output() -> None:
+    found = StopStringWatch(CharTokenizer(), [], SamplingParams(stop=["never there", "nor there"]))
+    for count in range(1, 5_000):
+        found.add([0xE9])
+        assert len(found._recent) <= len("never there") - 1  # searched with the next piece
+        assert len(found._waiting) == count  # appended to, never joined
+    assert found.text == "\xe9" * 4_999
 
 
 @pytest.fixture(scope="module")

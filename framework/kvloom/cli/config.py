@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 
 from kvloom.cli.settings import read_config
+from kvloom.cli.tables import print_rows
 
 
 def show(arguments: argparse.Namespace) -> int:
     """One line a parameter: name, value, origin. Secrets are masked."""
     given = {text.partition("=")[0] for text in arguments.set}
     placeholder = {} if arguments.file or "model" in given else {"model": "-"}
-    rows = read_config(arguments, **placeholder).rows()
-    width = max(len(name) for name, _, _ in rows)
-    for name, value, origin in rows:
-        shown = "(must be given)" if placeholder and name == "model" else repr(value)
-        print(f"{name:<{width}}  {shown:<24}  {'-' if placeholder and name == 'model' else origin}")
+    rows = [(name, repr(value), origin) for name, value, origin in read_config(arguments, **placeholder).rows()]
+    if placeholder:
+        rows = [(name, "(must be given)", "-") if name == "model" else (name, value, origin) for name, value, origin in rows]
+    print_rows(("parameter", "value", "origin"), rows)
     return 0
 
 

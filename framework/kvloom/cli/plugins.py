@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 
+from kvloom.cli.tables import print_rows
 from kvloom.config.engine_config import PLUGINS_VARIABLE
 from kvloom.errors import NotRegisteredError
 from kvloom.hooks.discovery import Installed, PluginSelection, find_plugins, searched
@@ -28,10 +29,8 @@ def list_plugins(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps([_as_json(o, o in enabled) for o in installed.origins], indent=2))
         return 0
-    rows = [(o.plugin, f"{o.distribution} {o.version}", _status(o, o in enabled), o.module) for o in installed.origins]
-    widths = [max(len(row[i]) for row in rows) for i in range(4)] if rows else []
-    for row in rows:
-        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    print_rows(("plugin", "distribution", "status", "module"),
+               [(o.plugin, f"{o.distribution} {o.version}", _status(o, o in enabled), o.module) for o in installed.origins])
     for note in installed.notes:
         print(f"note: {note}")
     return 0
@@ -60,9 +59,8 @@ def show_plugin(arguments: argparse.Namespace) -> int:
         return 0
     print(f"{origin.plugin}: {origin.distribution} {origin.version}, module {origin.module}")
     print(f"contracts: {', '.join(f'{kind} {version}' for kind, version in manifest.contracts.items()) or 'none'}")
-    for e in entries:
-        needs = f"  needs {e.needs}" if e.needs else ""
-        print(f"  {e.kind.name}: {e.name} -> {e.target}{needs}")
+    print_rows(("kind", "name", "class", "needs"),
+               [(e.kind.name, e.name, e.target, f"needs {e.needs}" if e.needs else "") for e in entries])
     return 0
 
 

@@ -17,7 +17,8 @@ class ModelSection(Section):
 
     model: Annotated[str, Field(min_length=1, description="directory, or hub id whose files are in the hub's cache or can be fetched")]
     tokenizer: Annotated[str | None, Field(description="directory or hub id; None: the model's")] = None
-    tokenizer_mode: Annotated[str, Field(description="auto: fast where there is one; slow; or a plugin's name")] = "auto"
+    tokenizer_mode: Annotated[str, Field(description="auto: fast (Rust) where there is one, else slow (Python); fast or slow: only "
+                                         "that one; or a plugin's name")] = "auto"
     skip_tokenizer_init: Annotated[bool, Field(description="no tokenizer: token prompts only, output text is empty")] = False
     trust_remote_code: Annotated[bool, Field(description="run code that comes with a checkpoint"),
                                  Unsupported("the code of a checkpoint is never run; install a plugin for its architecture")] = False

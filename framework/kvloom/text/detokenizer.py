@@ -22,8 +22,9 @@ class Detokenizer:
     """One sequence's text. `add` tokens, get the text that they complete; all pieces and `finish` make the whole.
 
     The whole is ``decode(output)``, and with a prompt what ``decode(prompt + output)`` has beyond its common beginning with
-    ``decode(prompt)``: the output may complete the prompt's last character. One exception: characters in a run of more than
-    `MAX_WINDOW_TOKENS` `Tokenizer.byte_token_ids` are shown, and stay when the run turns out to be no text.
+    ``decode(prompt)``, or with that of the prompt without its last, incomplete character: the output may complete it. One exception:
+    characters in a run of more than `MAX_WINDOW_TOKENS` `Tokenizer.byte_token_ids` are shown, and stay when the run turns out to be
+    no text.
 
     The window of tokens that is decoded::
 
@@ -47,7 +48,7 @@ class Detokenizer:
             self._take(token_id)
         self._read = self._seen = len(self._window) - self._run
         self._shown = _certain(self._decode(self._window[:self._read]))
-        self._of_prompt = self._decode(self._window)[len(self._shown):]
+        self._of_prompt = self._ends_of_prompt()
 
     def add(self, token_ids: Sequence[int]) -> str:
         """Text that these tokens complete; may be empty."""
@@ -64,6 +65,13 @@ class Detokenizer:
         text = self._decode(self._window)
         piece, self._shown = text[len(self._shown):], text
         return self._without_prompt(piece)
+
+    def _ends_of_prompt(self) -> list[str]:
+        """What the prompt has beyond what is certain, the tokens of an incomplete character included or not."""
+        if self._decode(self._window) == self._shown:
+            return []
+        ends = range(max(0, len(self._window) - MAX_INCOMPLETE), len(self._window) + 1)
+        return [self._decode(self._window[:end])[len(self._shown):] for end in ends]
 
     def _end_of(self, prompt_token_ids: Sequence[int]) -> list[int]:
         """The prompt's last tokens; a run of byte tokens not without its beginning."""
@@ -92,7 +100,7 @@ class Detokenizer:
             return ""
         stuck, self._seen = self._seen - self._read > MAX_WINDOW_TOKENS, end
         text = self._decode(self._window[:end])
-        certain = text if stuck else _certain(text)
+        certain = text if stuck else text[:max(len(_certain(text)), len(self._shown))]
         piece, self._shown, held = certain[len(self._shown):], certain, text[len(certain):]
         if piece and not held:
             del self._window[:self._read]
@@ -113,7 +121,7 @@ class Detokenizer:
     def _show_characters_of_run(self) -> str:
         """The characters that are complete in the open run, tried once if they make no text: then they never will."""
         before = self._decode(self._window[:self._seen])
-        for rest in range(4):  # bytes of a character that is not complete
+        for rest in range(MAX_INCOMPLETE + 1):
             end = len(self._window) - rest
             text = self._decode(self._window[:end])
             if text[len(before):] != INCOMPLETE * (end - self._seen):
@@ -127,10 +135,8 @@ class Detokenizer:
         """`piece` without the prompt's end, which was decoded along because it may be incomplete."""
         if not self._of_prompt or not piece:
             return piece
-        same = 0
-        while same < min(len(piece), len(self._of_prompt)) and piece[same] == self._of_prompt[same]:
-            same += 1
-        self._of_prompt = self._of_prompt[same:] if same == len(piece) else ""
+        same = max(_same(piece, end) for end in self._of_prompt)
+        self._of_prompt = [end[same:] for end in self._of_prompt if same == len(piece) and end.startswith(piece)]
         return piece[same:]
 
     def _decode(self, token_ids: Sequence[int]) -> str:
@@ -145,3 +151,11 @@ def _certain(text: str) -> str:
     while held < min(MAX_INCOMPLETE, len(text)) and text[-1 - held] == INCOMPLETE:
         held += 1
     return text[:len(text) - held]
+
+
+def _same(one: str, other: str) -> int:
+    """Length of their common beginning."""
+    length = 0
+    while length < min(len(one), len(other)) and one[length] == other[length]:
+        length += 1
+    return length

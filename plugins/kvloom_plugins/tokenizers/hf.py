@@ -113,6 +113,16 @@ class AutoTokenizer(Tokenizer):
         return 0 <= token_id < self._vocab_size and token_id not in self._gaps
 
 
+class FastTokenizer(AutoTokenizer):
+    """The library's Rust implementation, where it has one for the files; "auto" takes the same one then."""
+
+    def __init__(self, directory: Path, *, trust_remote_code: bool = False) -> None:
+        super().__init__(directory, trust_remote_code=trust_remote_code)
+        if not self.is_fast:
+            raise ModelError(f"tokenizer_mode='fast' asks for a Rust tokenizer, but transformers {transformers.__version__} has only "
+                             f"the Python {type(self._hf).__name__} for the files in {directory}. Use tokenizer_mode='auto'")
+
+
 class SlowTokenizer(AutoTokenizer):
     """The library's Python implementation. transformers 5 has one only for models without a fast one (ByT5, CTRL, BioGPT, ...)."""
 

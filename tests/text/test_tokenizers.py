@@ -1,0 +1,96 @@
+"""The tokenizers of the transformers library behind our contract."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvloom.errors import ModelError
+from kvloom.text.detokenizer import Detokenizer
+from kvloom_plugins.tokenizers.hf import AutoTokenizer, SlowTokenizer
+
+REAL = ["data/gpt2-tokenizer", "data/qwen2-tokenizer", "models/stories260k"]
+
+
+@pytest.fixture(scope="module", params=REAL)
+def tokenizer(request: pytest.FixtureRequest, shared_dir: Path) -> AutoTokenizer:
+    return AutoTokenizer(shared_dir / request.param)
+
+
+@pytest.fixture
+def spelling(tmp_path: Path) -> Path:
+    """Files of the one kind of tokenizer that still has a choice about spaces: Wav2Vec2's, a Python one."""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Wav2Vec2CTCTokenizer"}))
+    (tmp_path / "vocab.json").write_text(json.dumps({"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "|": 4, "A": 5, "B": 6, "C": 7}))
+    return tmp_path
+
+
+def test_special_tokens_are_exactly_those_that_decode_leaves_out(tokenizer: AutoTokenizer) -> None:
+    for token_id in [*range(300), *range(tokenizer.vocab_size - 300, tokenizer.vocab_size)]:
+        kept = tokenizer.decode([token_id, *tokenizer.encode("a")]) != tokenizer.decode(tokenizer.encode("a"))
+        assert kept is (token_id not in tokenizer.special_token_ids)
+
+
+def test_only_byte_fallback_has_byte_tokens(shared_dir: Path) -> None:
+    found = {folder: AutoTokenizer(shared_dir / folder).byte_token_ids for folder in REAL}
+    assert [len(found[folder]) for folder in REAL] == [0, 0, 256]
+    assert found[REAL[2]] == frozenset(range(3, 259))
+
+
+@pytest.mark.parametrize("unknown", [-1, 2**20, 2**33, -2**70])
+def test_ids_that_the_tokenizer_does_not_know_have_no_text(tokenizer: AutoTokenizer, unknown: int) -> None:
+    ids = tokenizer.encode("Hello there", add_special_tokens=False)
+    assert tokenizer.decode([unknown, *ids[:1], tokenizer.vocab_size, *ids[1:], unknown]) == "Hello there"
+    assert tokenizer.token_text(unknown) == tokenizer.token_text(tokenizer.vocab_size) == ""
+    text = Detokenizer(tokenizer, [unknown], skip_special_tokens=True)
+    assert text.add([unknown, *ids]) + text.finish() == "Hello there"
+
+
+def test_every_token_has_a_text_that_is_decoded_once(tokenizer: AutoTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [tokenizer.token_text(i) for i in range(-2, tokenizer.vocab_size + 2)]
+    monkeypatch.setattr(AutoTokenizer, "decode", None)
+    assert texts == [tokenizer.token_text(i) for i in range(-2, tokenizer.vocab_size + 2)]
+    assert len(tokenizer._texts) <= tokenizer.vocab_size
+    assert "\ufffd" in texts, "a byte alone"
+
+
+def test_spaces_are_not_cleaned_up(tokenizer: AutoTokenizer) -> None:
+    for text in ("it 's , is n't .  Yes !", "   ", " a", "a \n\n b "):
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_spaces_between_special_tokens_where_the_tokenizer_has_the_choice(spelling: Path) -> None:
+    made = SlowTokenizer(spelling)
+    ids = [5, 1, 6, 2, 7]
+    assert made.decode(ids, skip_special_tokens=False) == "A <s> B </s> C"
+    assert made.decode(ids, skip_special_tokens=False, spaces_between_special_tokens=False) == "A<s>B</s>C"
+    assert made.decode(ids) == made.decode(ids, spaces_between_special_tokens=False) == "ABC"
+    for spaces, whole in ((True, "A <s> B </s> C"), (False, "A<s>B</s>C")):
+        text = Detokenizer(made, [], skip_special_tokens=False, spaces_between_special_tokens=spaces)
+        assert "".join(text.add([i]) for i in ids) + text.finish() == whole
+
+
+def test_fast_tokenizers_have_no_such_choice(tokenizer: AutoTokenizer) -> None:
+    ids = [*sorted(tokenizer.special_token_ids), *tokenizer.encode("a"), *sorted(tokenizer.special_token_ids)]
+    one, other = (tokenizer.decode(ids, skip_special_tokens=False, spaces_between_special_tokens=spaces) for spaces in (True, False))
+    assert one == other
+
+
+@pytest.mark.parametrize("folder", REAL)
+def test_slow_is_refused_where_only_a_fast_one_exists(shared_dir: Path, folder: str) -> None:
+    with pytest.raises(ModelError, match=r"tokenizer_mode='slow'.*has only the fast .*'auto'"):
+        SlowTokenizer(shared_dir / folder)
+
+
+def test_slow_and_auto_are_the_same_python_tokenizer(spelling: Path) -> None:
+    slow, auto = SlowTokenizer(spelling), AutoTokenizer(spelling)
+    assert not slow.is_fast
+    assert type(slow.underlying) is type(auto.underlying)
+    assert slow.encode("ABBA") == auto.encode("ABBA") == [5, 6, 6, 5]
+
+
+def test_a_directory_without_files_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"looked for tokenizer.json, .*found none of them"):
+        AutoTokenizer(tmp_path)
