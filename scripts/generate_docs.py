@@ -1,21 +1,38 @@
-"""Write the parts of docs/ that follow from the code: module list, parameter tables, error tree. A test checks that they are current.
+"""Write the parts of docs/ that follow from the code: module list, tables with each row's test, error tree. A test checks that they
+are current.
 
     python scripts/generate_docs.py
+
+A row's test is found by its name: ``test_max_num_seqs__bounds_what_runs_at_once`` is one of ``max_num_seqs``.
 """
 
 from __future__ import annotations
 
 import ast
+import inspect
+import re
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import kvloom.errors
 from kvloom.config import OTHER_ARGS, RENAMED, SECTIONS, NoEffect, Unsupported
-from kvloom.params import UNSUPPORTED_SAMPLING, SamplingParams
+from kvloom.errors import RequestError, UnsupportedFeatureError
+from kvloom.outputs import CompletionOutput, Logprob, RequestOutput
+from kvloom.params import SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE_ROOTS = ("framework", "builtin_models", "builtin_quant", "builtin_samplers", "plugins", "kernels")
+
+NO_TEST = "**no test**"
+UNDOCUMENTED: dict[str, dict[str, str]] = {
+    "Logprob": {"logprob": "natural logarithm of its probability", "rank": "1 is the most probable token",
+                "decoded_token": "its text, for people; U+FFFD where it is no whole character"},
+    "CompletionOutput": {"lora_request": "None: no adapters so far"},
+}
+"""Meanings of fields that their class's docstring does not list one by one."""
 
 
 def modules() -> str:
@@ -32,33 +49,40 @@ def modules() -> str:
 
 
 def parameters() -> str:
-    """The constructor's parameters with default and state."""
-    rows = ["| parameter | default | state | meaning |", "|---|---|---|---|"]
+    """The constructor's parameters with default, state and test."""
+    rows = ["| parameter | default | state | meaning | test |", "|---|---|---|---|---|"]
     for section in SECTIONS.values():
         for name, field in section.model_fields.items():
             default = "required" if field.is_required() else f"`{field.get_default(call_default_factory=True)!r}`"
-            rows.append(f"| `{name}` | {default} | {_state(section.state(name))} | {_cell(field.description or '')} |")
+            state, meaning = section.state(name), _cell(field.description or "")
+            rows.append(f"| `{name}` | {default} | {_state(state)} | {meaning} | {_test_of_state(name, state)} |")
     return "\n".join(rows)
 
 
 def other_parameters() -> str:
     """vLLM's names that are no parameters of their own here."""
-    rows = ["| name | taken values | state |", "|---|---|---|"]
-    rows += [f"| `{old}` | as `{new}` | works, with a note |" for old, new in RENAMED.items()]
+    rows = ["| name | taken values | state | test |", "|---|---|---|---|"]
+    rows += [f"| `{old}` | as `{new}` | works, with a note | {_test('names_of_other_versions')} |" for old, new in RENAMED.items()]
     for name, other in OTHER_ARGS.items():
         more = other.state.values if isinstance(other.state, Unsupported) else ()
         taken = "any" if isinstance(other.state, NoEffect) else ", ".join(f"`{v!r}`" for v in (other.default, *more))
-        rows.append(f"| `{name}` | {taken} | {_state(other.state)} |")
+        rows.append(f"| `{name}` | {taken} | {_state(other.state)} | {_test_of_state(name, other.state)} |")
     return "\n".join(rows)
 
 
 def sampling() -> str:
-    """Fields of SamplingParams with default and state."""
-    rows = ["| field | default | state |", "|---|---|---|"]
+    """Fields of SamplingParams with default, state and test."""
+    rows, meanings = ["| field | default | state | meaning | test |", "|---|---|---|---|---|"], _meanings(SamplingParams)
     for field in fields(SamplingParams):
-        state = "unsupported so far" if field.name in UNSUPPORTED_SAMPLING else "works"
-        default = field.default.name if field.name == "output_kind" else repr(field.default)  # type: ignore[union-attr]
-        rows.append(f"| `{field.name}` | `{default}` | {state} |")
+        state = "works" if _is_taken(field.name) else "unsupported so far"
+        rows.append(f"| `{field.name}` | {_default(field)} | {state} | {meanings[field.name]} | {_test(field.name, 'tests/api/')} |")
+    return "\n".join(rows)
+
+
+def output_fields(cls: type, prefix: str) -> str:
+    """Fields of an output class; `prefix` is what the names of its tests begin with."""
+    rows, meanings = ["| field | meaning | test |", "|---|---|---|"], _meanings(cls)
+    rows += [f"| `{field.name}` | {meanings[field.name]} | {_test(f'{prefix}_{field.name}', 'tests/api/')} |" for field in fields(cls)]
     return "\n".join(rows)
 
 
@@ -76,6 +100,65 @@ def _state(state: NoEffect | Unsupported | None) -> str:
     return "works"
 
 
+def _test_of_state(name: str, state: NoEffect | Unsupported | None) -> str:
+    if isinstance(state, NoEffect):
+        return _test("parameters_without_effect")
+    return _test("unsupported_parameters") if isinstance(state, Unsupported) else _test(name)
+
+
+def _test(subject: str, folder: str = "tests/config/") -> str:
+    """Where the first test of `subject` is: in `folder` if there is one (``seed`` is a parameter and a field), else anywhere."""
+    found = _tests().get(subject, [])
+    return next((f"`{test}`" for test in sorted(found, key=lambda test: not test.startswith(folder))), NO_TEST)
+
+
+@cache
+def _tests() -> dict[str, list[str]]:
+    """Subject -> ``path::name`` of its tests, in the order of files and lines. ``test_n__more_than_one`` is one of ``n``."""
+    found: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and (match := re.fullmatch(r"test_(\w+?)__\w+", node.name)):
+                found.setdefault(match[1], []).append(f"{path.relative_to(ROOT).as_posix()}::{node.name}")
+    return found
+
+
+def missing() -> list[str]:
+    """Rows without a test: table and first cell."""
+    return [f"{marker}: {row.split(' | ')[0].strip('| ')}" for marker, (_, make) in PARTS.items() for row in make().splitlines()
+            if row.endswith(f"| {NO_TEST} |")]
+
+
+def _meanings(cls: type) -> dict[str, str]:
+    """Field -> its meaning in the section Args of a class's docstring. Several fields may share one entry."""
+    found = {field.name: "" for field in fields(cls)} | UNDOCUMENTED.get(cls.__name__, {})
+    section = (inspect.getdoc(cls) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+    for entry in re.split(r"\n {4}(?=\w)", f"\n{section}")[1:]:
+        names, _, meaning = entry.partition(": ")
+        for name in names.split(", "):
+            found[name] = _cell(" ".join(meaning.split()).replace("``", "`").removesuffix("."))
+    if undocumented := [name for name, meaning in found.items() if not meaning]:
+        raise SystemExit(f"{cls.__name__} does not document {', '.join(undocumented)}")
+    return found
+
+
+def _is_taken(name: str) -> bool:
+    """Whether `SamplingParams` knows what to do with the field: anything but "not supported so far" for a senseless value."""
+    try:
+        SamplingParams(**{name: object()})
+    except UnsupportedFeatureError:
+        return False
+    except RequestError:
+        return True
+    return True
+
+
+def _default(field: Field[Any]) -> str:
+    if field.default is MISSING:
+        return "required"
+    return f"`{field.default.name if field.name == 'output_kind' else repr(field.default)}`"
+
+
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
@@ -85,6 +168,9 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "parameters": ("docs/api.md", parameters),
     "other-parameters": ("docs/api.md", other_parameters),
     "sampling": ("docs/api.md", sampling),
+    "request-output": ("docs/api.md", lambda: output_fields(RequestOutput, "request_output")),
+    "completion-output": ("docs/api.md", lambda: output_fields(CompletionOutput, "completion_output")),
+    "logprob": ("docs/api.md", lambda: output_fields(Logprob, "logprob")),
     "errors": ("docs/errors.md", error_tree),
 }
 """Marker in the page -> page, text."""
@@ -104,3 +190,5 @@ if __name__ == "__main__":
     for page in sorted({where for where, _ in PARTS.values()}):
         path = ROOT / page
         path.write_text(updated(page, path.read_text()))
+    if without := missing():
+        raise SystemExit(f"rows without a test, which is named test_<row>__<behaviour>: {'; '.join(without)}")

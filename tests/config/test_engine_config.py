@@ -6,8 +6,10 @@ import inspect
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from parameter_helpers import engine, scores
 
 from kvloom import LLM
 from kvloom.config import OTHER_ARGS, RENAMED, SECTION_OF, SECTIONS, EngineConfig, NoEffect, Unsupported
@@ -28,13 +30,15 @@ max_num_seqs enable_chunked_prefill scheduling_policy tensor_parallel_size pipel
 max_loras max_lora_rank limit_mm_per_prompt mm_processor_kwargs speculative_config guided_decoding_backend disable_log_stats
 """.split()
 """EngineArgs that offline users really use."""
-STATES = {name: SECTIONS[section].state(name) for name, section in SECTION_OF.items()}
+STATES = {**{name: SECTIONS[section].state(name) for name, section in SECTION_OF.items()},
+          **{name: other.state for name, other in OTHER_ARGS.items()}}
+OTHER_VALUE = "something else"
+"""Of the parameters in `OTHER_ARGS`: no such value has a meaning."""
 UNSUPPORTED_VALUES = {
-    "trust_remote_code": True, "allowed_local_media_path": "/media", "generation_config": "vllm", "override_generation_config": {"top_k": 1},
-    "task": "embed", "kv_cache_dtype": "fp8", "cpu_offload_gb": 1.0, "device": "cuda", "tensor_parallel_size": 2,
+    "trust_remote_code": True, "allowed_local_media_path": "/media", "task": "embed", "kv_cache_dtype": "fp8", "cpu_offload_gb": 1.0, "device": "cuda", "tensor_parallel_size": 2,
     "pipeline_parallel_size": 2, "compilation_config": 3, "enable_sleep_mode": True, "enable_lora": True, "max_loras": 2,
     "max_lora_rank": 8, "limit_mm_per_prompt": {"image": 1}, "mm_processor_kwargs": {"x": 1}, "override_pooler_config": {"x": 1},
-    "speculative_config": {"method": "ngram"}, "guided_decoding_backend": "xgrammar", "max_logprobs": 5,
+    "speculative_config": {"method": "ngram"}, "guided_decoding_backend": "xgrammar",
 }
 NO_EFFECT_VALUES = {
     "gpu_memory_utilization": 0.5, "swap_space": 1.0, "enforce_eager": True, "max_seq_len_to_capture": 100,
@@ -57,44 +61,51 @@ def test_constructor_defaults_are_the_sections_defaults() -> None:
             assert parameter.default == SECTIONS[SECTION_OF[name]].model_fields[name].get_default(), name
 
 
+def default_of(name: str) -> Any:
+    return OTHER_ARGS[name].default if name in OTHER_ARGS else SECTIONS[SECTION_OF[name]].model_fields[name].get_default()
+
+
 @pytest.mark.parametrize("name", [n for n, s in STATES.items() if isinstance(s, Unsupported)])
-def test_an_unsupported_value_is_refused_with_what_works(name: str) -> None:
+def test_unsupported_parameters__are_refused_with_what_works(name: str) -> None:
+    state, value = STATES[name], UNSUPPORTED_VALUES.get(name, OTHER_VALUE)
     with pytest.raises(UnsupportedFeatureError) as caught:
-        EngineConfig.from_kwargs(model="m", **{name: UNSUPPORTED_VALUES[name]})
+        LLM("/nowhere", **{name: value})  # before anything is read
     error = caught.value
-    assert (error.parameter, error.value) == (name, UNSUPPORTED_VALUES[name])
+    assert (error.parameter, error.value, error.works) == (name, value, state.works)
     assert error.works in str(error)
-    default = SECTIONS[SECTION_OF[name]].model_fields[name].get_default()
-    for works in (default, *STATES[name].values):
-        assert EngineConfig.from_kwargs(model="m", **{name: works})
+    for works in (default_of(name), *state.values):
+        assert EngineConfig.from_kwargs(model="m", **{name: works}).notes == ()
+
+
+@pytest.fixture(scope="module")
+def plain(small_checkpoint: Path) -> tuple[list[int], float]:
+    """What the checkpoint computes."""
+    with engine(small_checkpoint) as llm:
+        return scores(llm)
 
 
 @pytest.mark.parametrize("name", [n for n, s in STATES.items() if isinstance(s, NoEffect)])
-def test_a_value_without_effect_is_said_once_with_the_reason(name: str) -> None:
-    assert EngineConfig.from_kwargs(model="m").notes == ()
-    notes = EngineConfig.from_kwargs(model="m", **{name: NO_EFFECT_VALUES[name]}).notes
-    assert notes == (f"{name}={NO_EFFECT_VALUES[name]!r} has no effect: {STATES[name].reason}",)
+def test_parameters_without_effect__change_nothing_and_are_named_once_with_the_reason(small_checkpoint: Path, plain: tuple, capsys,
+                                                                                      name: str) -> None:
+    value = NO_EFFECT_VALUES.get(name, OTHER_VALUE)
+    assert EngineConfig.from_kwargs(model="m", **{name: default_of(name)}).notes == ()
+    with engine(small_checkpoint, **{name: value}) as llm:
+        assert scores(llm) == plain
+        assert llm.llm_engine.config.notes == (f"{name}={value!r} has no effect: {STATES[name].reason}",)
+    assert capsys.readouterr().err.count(f"{name}={value!r} has no effect") == 1
 
 
-@pytest.mark.parametrize("name", OTHER_ARGS)
-def test_other_names_of_engine_args_are_never_a_type_error(name: str) -> None:
-    other = OTHER_ARGS[name]
-    assert EngineConfig.from_kwargs(model="m", **{name: other.default}).notes == ()
-    given = "something else"
-    if isinstance(other.state, NoEffect):
-        assert "has no effect" in EngineConfig.from_kwargs(model="m", **{name: given}).notes[0]
-    else:
-        with pytest.raises(UnsupportedFeatureError, match=name):
-            EngineConfig.from_kwargs(model="m", **{name: given})
+RENAMED_VALUES = {"kv_cache_memory_bytes": 2**20, "max_seq_len": 100, "pooler_config": None, "structured_outputs_backend": "auto"}
 
 
-def test_names_of_other_versions_are_taken_with_a_note() -> None:
-    config = EngineConfig.from_kwargs(model="m", kv_cache_memory_bytes=2**20)
-    assert config.cache.kv_cache_memory == 2**20
-    assert config.notes == ("kv_cache_memory_bytes is called kv_cache_memory here",)
-    with pytest.raises(ConfigError, match="mean the same"):
-        EngineConfig.from_kwargs(model="m", kv_cache_memory_bytes=1, kv_cache_memory=1)
-    assert {new for new in RENAMED.values() if new not in SECTION_OF and new not in OTHER_ARGS} == set()
+@pytest.mark.parametrize("name", RENAMED)
+def test_names_of_other_versions__are_taken_with_a_note(name: str) -> None:
+    ours, value = RENAMED[name], RENAMED_VALUES[name]
+    config = EngineConfig.from_kwargs(model="m", **{name: value})
+    assert getattr(getattr(config, SECTION_OF[ours]), ours) == value
+    assert config.notes == (f"{name} is called {ours} here",)
+    with pytest.raises(ConfigError, match=f"{name} and {ours} mean the same"):
+        EngineConfig.from_kwargs(model="m", **{name: value, ours: value})
 
 
 def test_an_unknown_name_is_a_type_error_with_the_near_name() -> None:

@@ -29,6 +29,29 @@ def test_generated_parts_are_current(generator: ModuleType, page: str) -> None:
     assert text == generator.updated(page, text), "run: python scripts/generate_docs.py"
 
 
+def test_every_row_has_a_test(generator: ModuleType) -> None:
+    assert generator.missing() == [], "name a test test_<row>__<behaviour>"
+
+
+def test_every_test_that_a_page_names_exists() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs/api.md").read_text())
+    assert len(named) > 100
+    defined = {path: (ROOT / path).read_text() for path, _ in named}
+    assert [f"{path}::{name}" for path, name in named if f"\ndef {name}(" not in defined[path]] == []
+
+
+def test_the_named_processor_of_the_api_page_works_as_it_is_printed(install, small_checkpoint: Path) -> None:
+    (source,) = re.findall(r"```python\n# my_package/plugin.py.*?\n(.*?)```", (ROOT / "docs/api.md").read_text(), re.DOTALL)
+    (asked,) = re.findall(r"`(SamplingParams\(extra_args=.*?\))` asks for it", (ROOT / "docs/api.md").read_text())
+    install("acme", {"my-plugin": source.replace("my_package.plugin", "acme_0")})
+    params = eval(asked, {"SamplingParams": SamplingParams})
+    with LLM(str(small_checkpoint)) as llm:
+        (output,) = llm.generate("a", params, use_tqdm=False)
+        assert output.outputs[0].text.isdecimal()
+        with pytest.raises(ValueError, match=r"last: Field required \(its parameters: first, last\)"):
+            llm.generate("a", SamplingParams(extra_args={"only-range": {"first": 1}}), use_tqdm=False)
+
+
 def test_every_contract_name_in_the_feature_table_exists() -> None:
     page = (ROOT / "docs/architecture.md").read_text().split("## What carries the later features")[1].split("\n## ")[0]
     for name, member in re.findall(r"`([A-Z]\w+)(?:\.(\w+))?", page):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ NUMBERS = random.Random(0)
 PROMPTS = [[NUMBERS.randrange(256) for _ in range(n)] for n in (3, 40, 17, 1, 33, 20)]
 PARAMS = [SamplingParams(max_tokens=20, ignore_eos=True, seed=seed, **changes) for seed, changes in enumerate([
     {}, {"temperature": 0.7, "top_p": 0.9}, {"top_k": 20, "repetition_penalty": 1.3}, {"temperature": 1.5, "min_p": 0.02, "presence_penalty": 0.8},
-    {"frequency_penalty": 0.5, "logit_bias": {5: 3.0}}, {"allowed_token_ids": list(range(64)), "min_tokens": 4, "stop_token_ids": [1]},
+    {"frequency_penalty": 0.5, "logit_bias": {5: 3.0}, "n": 3}, {"allowed_token_ids": list(range(64)), "min_tokens": 4, "stop_token_ids": [1]},
 ])]
 
 
@@ -25,7 +26,8 @@ def engine(checkpoint: Path, **values) -> LLM:
 
 
 def tokens(outputs) -> list[list[int]]:
-    return [list(o.outputs[0].token_ids) for o in outputs]
+    """Of all completions, one after the other."""
+    return [[i for c in o.outputs for i in c.token_ids] for o in outputs]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,8 @@ def alone(small_checkpoint: Path) -> list[list[int]]:
         return [tokens(llm.generate([p], s, use_tqdm=False))[0] for p, s in zip(PROMPTS, PARAMS, strict=True)]
 
 
-@pytest.mark.parametrize("values", [{}, {"long_prefill_token_threshold": 7}, {"max_num_seqs": 2}, {"num_gpu_blocks_override": 9}], ids=str)
+@pytest.mark.parametrize("values", [{}, {"long_prefill_token_threshold": 7}, {"max_num_seqs": 2}, {"num_gpu_blocks_override": 9},
+                                    {"enable_prefix_caching": False}, {"max_num_seqs": 3, "long_prefill_token_threshold": 5, "num_gpu_blocks_override": 7}], ids=str)
 def test_together_in_any_order_and_with_a_warm_cache(small_checkpoint: Path, alone: list, values: dict) -> None:
     with engine(small_checkpoint, **values) as llm:
         assert tokens(llm.generate(PROMPTS, PARAMS, use_tqdm=False)) == alone
@@ -51,12 +54,21 @@ def test_with_forced_preemptions(small_checkpoint: Path, alone: list) -> None:
         while running.has_work:
             count += 1
             if count in (4, 9, 15):
-                for sequence_id in range(len(PROMPTS)):
+                for sequence_id in range(len(PROMPTS) + 2):
                     running.engine.scheduler.preempt(sequence_id)
             running.step()
     outputs = [output for _, output in sorted(call.take(), key=lambda done: done[0])]
     assert all(o.metrics.num_preemptions >= 2 for o in outputs)
     assert tokens(outputs) == alone
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_how_many_completions_are_asked_for_changes_none_of_them(small_checkpoint: Path, n: int) -> None:
+    params = SamplingParams(max_tokens=10, ignore_eos=True, seed=4, temperature=0.9, presence_penalty=0.3)
+    with engine(small_checkpoint) as llm:
+        (most,), (some,) = (llm.generate([PROMPTS[1]], replace(params, n=k), use_tqdm=False) for k in (7, n))
+    assert [c.token_ids for c in some.outputs] == [c.token_ids for c in most.outputs[:n]]
+    assert len({tuple(c.token_ids) for c in most.outputs}) == 7
 
 
 def test_min_tokens_puts_the_end_off(small_checkpoint: Path) -> None:

@@ -51,6 +51,13 @@ def _from_hub(model: str, revision: str | None, download_dir: str | None, token:
         return snapshot(offline=False)
     except Exception as error:
         at = f" at revision {revision!r}" if revision else ""
+        reason = _without_secret(str(error), token)[:300]
         raise ModelError(f"{model!r}{at} is no directory here, is not in the hub's cache and cannot be fetched "
-                         f"({type(error).__name__}: {str(error)[:300]}). Give a directory, or fetch it first: "
+                         f"({type(error).__name__}: {reason}). Give a directory, or fetch it first: "
                          f"hf download {model}{f' --revision {revision}' if revision else ''}") from error
+
+
+def _without_secret(text: str, token: bool | str | None) -> str:
+    """`text` of another library, which may quote the headers that it sent."""
+    secret = token.strip() if isinstance(token, str) else ""
+    return text.replace(secret, "***") if secret else text

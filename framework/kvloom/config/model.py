@@ -36,7 +36,7 @@ class ModelSection(Section):
                                         Unsupported("leave it empty: text only so far")] = ""
     generation_config: Annotated[str, Field(min_length=1, description="where sampling defaults and end tokens come from: auto (the "
                                             "checkpoint's generation_config.json), vllm (no file), or a folder")] = "auto"
-    override_generation_config: Annotated[dict[str, Any] | None, Field(description="keys of generation_config.json on top of it")] = None
+    override_generation_config: Annotated[dict[str, Any] | None, Field(description="keys of generation_config.json, on top")] = None
     task: Annotated[Literal["auto", "generate", "embed", "classify", "score", "reward", "transcription"],
                     Field(description="what the model is used for"), Unsupported("only generation works", ("generate",))] = "auto"
 

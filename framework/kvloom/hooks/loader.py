@@ -78,8 +78,8 @@ def load_plugins(selection: PluginSelection, plugin_config: Mapping[str, Mapping
                  providers: Mapping[str, Mapping[str, str]] | None = None) -> PluginSet:
     """Import the selected plugins and let them register.
 
-    A named plugin that fails is fatal; one that runs only because it is installed is left out with a warning, and every later
-    miss mentions it.
+    A plugin that is named or configured and fails is fatal; one that runs only because it is installed is left out with a warning,
+    and every later miss mentions it.
 
     Args:
         plugin_config: entry-point name -> that plugin's configuration section.
@@ -99,7 +99,7 @@ def load_plugins(selection: PluginSelection, plugin_config: Mapping[str, Mapping
         try:
             loaded.append(_load(origin, plugin_config.get(origin.plugin)))
         except (PluginError, ConfigError) as error:
-            if selection.is_named(origin):
+            if selection.is_named(origin) or origin.plugin in plugin_config:  # somebody wants this one
                 raise
             get_logger().warning("plugin left out", plugin=str(origin), reason=str(error), exc_info=error.__cause__ or error)
             left_out.append(f"{origin}: left out: {error}")
