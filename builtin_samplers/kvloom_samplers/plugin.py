@@ -19,7 +19,8 @@ def kvloom_register_logits_processors(registry: Registrar) -> None:
     """Those that `SamplingParams` has fields for; each looks for its own."""
     for name, target in (
         ("allowed_token_ids", "bias:AllowedTokens"), ("bad_words", "bad_words:BadWords"), ("min_tokens", "bias:MinTokens"),
-        ("logit_bias", "bias:LogitBias"), ("functions", "functions:Functions"), ("penalties", "penalties:Penalties"), ("temperature", "filters:Temperature"), ("min_p", "filters:MinP"),
+        ("logit_bias", "bias:LogitBias"), ("functions", "functions:Functions"), ("penalties", "penalties:Penalties"),
+        ("temperature", "filters:Temperature"), ("min_p", "filters:MinP"),
         ("top_k", "filters:TopK"), ("top_p", "filters:TopP"),
     ):
         registry.add(name, f"kvloom_samplers.{target}")

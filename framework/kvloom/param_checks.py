@@ -63,7 +63,8 @@ def check_texts(name: str, value: object, most: int, longest: int) -> tuple[str,
     """At most `most` texts of 1 to `longest` characters."""
     sound = isinstance(value, list | tuple) and len(value) <= most and all(isinstance(s, str) and 0 < len(s) <= longest for s in value)
     if not sound:
-        raise RequestValidationError(f"{name} must be at most {most} texts of 1 to {longest} characters, got {shown(value)}", name, value)
+        raise RequestValidationError(f"{name} must be at most {most} texts of 1 to {longest} characters, got {shown(value)}", name,
+                                     value)
     return tuple(value)  # type: ignore[arg-type]  # checked above
 
 

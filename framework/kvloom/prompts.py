@@ -81,17 +81,19 @@ def parse_prompt(prompt: Any) -> ParsedPrompt:
 def _parse_mapping(prompt: Mapping[Any, Any]) -> ParsedPrompt:
     for key in prompt:
         if key in ENCODER_KEYS:
-            raise RequestTypeError("Cannot pass encoder-decoder prompt to decoder-only models: give a text or token ids", "prompts", key)
+            raise RequestTypeError("Cannot pass encoder-decoder prompt to decoder-only models: give a text or token ids", "prompts",
+                                   key)
         if key in LATER_KEYS and prompt[key] is not None:
             raise UnsupportedFeatureError(f"prompt[{key!r}]", prompt[key], "leave it out")
         if key not in ("prompt", "prompt_token_ids", "cache_salt", *LATER_KEYS):
-            raise RequestTypeError(f"a prompt has no key {shown(key)}; it must contain text, tokens, or embeddings, of which kvloom takes "
+            raise RequestTypeError(f"a prompt has no key {shown(key)}; it must contain text, tokens, or embeddings: kvloom takes "
                                    "'prompt' and 'prompt_token_ids'", "prompts", key)
     text, ids, salt = prompt.get("prompt"), prompt.get("prompt_token_ids"), prompt.get("cache_salt")
     if text is not None and not isinstance(text, str):
         raise RequestTypeError(f"prompt['prompt'] must be a text, got {type(text).__name__}", "prompt", text)
     if salt is not None and not (isinstance(salt, str) and 0 < len(salt) <= MAX_SALT_LENGTH):
-        raise RequestValidationError(f"cache_salt must be a text of 1 to {MAX_SALT_LENGTH} characters, got {shown(salt)}", "cache_salt", salt)
+        raise RequestValidationError(f"cache_salt must be a text of 1 to {MAX_SALT_LENGTH} characters, got {shown(salt)}",
+                                     "cache_salt", salt)
     if text is None and ids is None:
         raise RequestTypeError("a prompt must contain text, tokens, or embeddings: give 'prompt' or 'prompt_token_ids'", "prompts",
                                dict(prompt))
@@ -138,12 +140,16 @@ def legacy_prompts(prompts: str | Sequence[str] | None, prompt_token_ids: Any) -
 
 def _legacy_ids(given: Any) -> list[Sequence[int]]:
     if not isinstance(given, Sequence) or isinstance(given, str | bytes):
-        raise RequestTypeError("prompt must be a string, array of strings, array of tokens, or array of token arrays", "prompt_token_ids",
-                               given)
+        raise _no_prompts(given)
     if not given or list(given) == [[]]:
         raise RequestValidationError("please provide at least one prompt", "prompt_token_ids", given)
     if all(_is_int(i) for i in given):
         return [given]
     if all(isinstance(p, Sequence) and not isinstance(p, str) and all(_is_int(i) for i in p) for p in given):
         return list(given)
-    raise RequestTypeError("prompt must be a string, array of strings, array of tokens, or array of token arrays", "prompt_token_ids", given)
+    raise _no_prompts(given)
+
+
+def _no_prompts(given: object) -> RequestTypeError:
+    return RequestTypeError("prompt must be a string, array of strings, array of tokens, or array of token arrays", "prompt_token_ids",
+                            given)

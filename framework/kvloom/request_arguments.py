@@ -85,7 +85,8 @@ def _pairs(prompts: Iterable[Any], given: Iterable[SamplingParams]) -> Iterator[
     for prompt in prompts:
         params = next(following, None)
         if params is None:
-            raise RequestValidationError("The lengths of prompts and params must be the same: the parameters ended first.", "sampling_params")
+            raise RequestValidationError("The lengths of prompts and params must be the same: the parameters ended first.",
+                                         "sampling_params")
         if not isinstance(params, SamplingParams):
             raise _wrong_type(params)
         yield prompt, params

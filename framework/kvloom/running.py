@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kvloom.config import EngineConfig
-from kvloom.core import Engine, Request, RequestSpec
+from kvloom.core import Engine, RequestSpec
 from kvloom.errors import KvloomError, RequestError, RequestFailedError, UnsupportedFeatureError
 from kvloom.hooks.loader import PluginSet
 from kvloom.hooks.origin import Origin

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,8 +15,9 @@ from kvloom import SamplingParams
 from kvloom.errors import RequestFailedError, RequestValidationError
 from kvloom.hooks.discovery import PluginSelection
 from kvloom.hooks.loader import load_plugins
-from kvloom.interfaces import LogitsProcessor, SequenceView
+from kvloom.interfaces import LogitsProcessor, SamplingRows, SequenceView
 from kvloom.runtime.logits import LogitsPipeline, NamedProcessor, SequenceProcessors, make_processors
+from kvloom_samplers.token_sampler import TokenSampler
 
 VOCABULARY = 23
 PIPELINE = LogitsPipeline(make_processors(load_plugins(PluginSelection(())).registries["logits_processors"]))
@@ -182,3 +184,26 @@ def test_a_processor_that_fails_is_named_with_its_plugin(kind: str, message: str
     pipeline = LogitsPipeline([NamedProcessor("mine", "plugin 'acme' of acme 1.0", type(kind, (Bad,), {})())])
     with pytest.raises(RequestFailedError, match=f"logits processor 'mine' \\(plugin 'acme' of acme 1.0\\) {message}"):
         pipeline.apply(torch.zeros(1, VOCABULARY), [start(SamplingParams(), pipeline=pipeline)])
+
+
+@pytest.mark.parametrize("params", [
+    SamplingParams(), SamplingParams(temperature=0.7, top_p=0.9), SamplingParams(temperature=1.7, top_k=9), SamplingParams(min_p=0.1, logit_bias={3: 1.5}),
+    SamplingParams(temperature=1.3, min_p=0.02, top_k=15, top_p=0.95, repetition_penalty=1.4, presence_penalty=0.4, allowed_token_ids=list(range(20))),
+], ids=str)
+def test_tokens_are_drawn_from_the_processed_distribution(params: SamplingParams) -> None:
+    """Chi-square over many draws of one position; the seeds are fixed, so it repeats."""
+    count, prompt, output = 20_000, [1, 5, 5], [2, 5]
+    logits = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(3)) * 2
+    expected = torch.tensor(reference(logits.tolist(), params, prompt, output)).double().softmax(0) * count
+    processed = PIPELINE.apply(logits.repeat(count, 1), [start(params, prompt, output)] * count)
+    drawn = TokenSampler().sample(processed, SamplingRows(
+        sequence_ids=np.arange(count), row_starts=np.arange(count + 1), params=[params] * count,
+        temperatures=np.full(count, params.temperature, np.float32), seeds=np.arange(count, dtype=np.uint64),
+        sample_indices=np.zeros(count, np.int64), positions=np.full(count, 5))).token_ids
+    seen = torch.bincount(drawn, minlength=VOCABULARY).double()
+    assert seen[expected == 0].sum() == 0
+    often = expected >= 5
+    rest = (seen[~often].sum() - expected[~often].sum()) ** 2 / expected[~often].sum().clamp(min=1)
+    chi_square = ((seen - expected)[often] ** 2 / expected[often]).sum() + rest
+    freedom = int(often.sum())
+    assert chi_square < freedom + 4 * math.sqrt(2 * freedom)  # four standard deviations

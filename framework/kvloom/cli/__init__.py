@@ -11,6 +11,8 @@ from kvloom.cli.parser import make_parser
 from kvloom.errors import KvloomError, MemoryPlanError
 
 Command = Callable[[argparse.Namespace], int]
+LINE_CHARACTERS = 1000
+"""Most of a message that is shown without ``--debug``."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
@@ -36,11 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def one_line(error: Exception) -> str:
-    """What went wrong, and where there is more."""
-    lines = str(error).strip().splitlines() or [""]
-    line = lines[-1 if isinstance(error, MemoryPlanError) else 0].strip()
-    if not isinstance(error, KvloomError | OSError | TypeError | ValueError):
-        line = f"{type(error).__name__}: {line}"
+    """What went wrong; of a long message its beginning, of a memory plan the verdict."""
+    lines = [line.strip() for line in str(error).splitlines()]
     if isinstance(error, MemoryPlanError):
-        return f"{line} (kvloom plan shows the arithmetic)"
-    return line if len(lines) == 1 else f"{line} (--debug shows {len(lines) - 1} more lines)"
+        return f"{lines[-1]} (kvloom plan shows the arithmetic)"
+    line = " ".join(lines)
+    if len(line) > LINE_CHARACTERS:
+        line = f"{line[:LINE_CHARACTERS]}... (--debug shows the rest)"
+    ours = isinstance(error, KvloomError | OSError | TypeError | ValueError)
+    return line if ours else f"{type(error).__name__}: {line}"

@@ -25,10 +25,11 @@ def demo(arguments: argparse.Namespace) -> int:
         write(STORY_PROMPT)
         stream(llm, STORY_PROMPT, SamplingParams(max_tokens=STORY_TOKENS, **sampling), lambda index, piece: write(piece))
         print("\n")
+        answering = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS)
         for question, _ in QUESTIONS:
             print(f"{_bold('Q:')} {question}")
             write(f"{_bold('A:')} ")
-            stream(llm, question_prompt(question), SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS), lambda index, piece: write(piece))
+            stream(llm, question_prompt(question), answering, lambda index, piece: write(piece))
             print("\n")
     return 0
 

@@ -24,6 +24,6 @@ class FeatureSection(Section):
     speculative_config: Annotated[dict[str, Any] | None, Field(description="draft tokens"), Unsupported("leave it out")] = None
     guided_decoding_backend: Annotated[str, Field(description="library for structured output"),
                                        Unsupported("leave it at 'auto'")] = "auto"
-    max_logprobs: Annotated[int, Field(ge=-1, description="most candidates that a request may ask for with each token; -1: no bound")] = 20
+    max_logprobs: Annotated[int, Field(ge=-1, description="most candidates that a request may want with each token; -1: no bound")] = 20
     disable_log_stats: Annotated[bool, Field(description="leave metrics out"),
                                  NoEffect("RequestOutput.metrics is always set: it costs a few clock reads")] = True

@@ -43,7 +43,7 @@ def read_generation(directory: Path, source: str, overrides: Mapping[str, Any] |
     known = [*FIELDS, "eos_token_id"]
     for name in overrides or {}:
         if name not in known:
-            raise ConfigError(f"override_generation_config: unknown key {name!r}{did_you_mean(name, known)}; it takes {', '.join(known)}")
+            raise ConfigError(f"override_generation_config: unknown key {name!r}{did_you_mean(name, known)} (keys: {', '.join(known)})")
     return {**found, **(overrides or {})}
 
 

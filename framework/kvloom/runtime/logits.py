@@ -93,7 +93,8 @@ class LogitsPipeline:
     def _unknown(self, name: str) -> RequestValidationError:
         known = [p.name for p in self._processors if p.config is not None]
         return RequestValidationError(f"extra_args names {name!r}, but no plugin registered a logits processor with parameters under "
-                                      f"this name{did_you_mean(name, known)}; there are: {', '.join(known) or 'none'}", "extra_args", name)
+                                      f"this name{did_you_mean(name, known)}; there are: {', '.join(known) or 'none'}", "extra_args",
+                                      name)
 
     def start(self, sequence: SequenceView, asked: Asked, output: Sequence[int] = ()) -> SequenceProcessors:
         """States of a sequence that has this output already (a resumed one).

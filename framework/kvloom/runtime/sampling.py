@@ -25,7 +25,8 @@ class RowSampler:
     def __init__(self, sampler: Sampler, pipeline: LogitsPipeline, state: BatchState) -> None:
         self._sampler, self._pipeline, self._state = sampler, pipeline, state
 
-    def sample(self, ranges: Sequence[TokenRange], rows: Array, positions: Array, hidden: Tensor, logits_of: LogitsOf) -> list[RowResult]:
+    def sample(self, ranges: Sequence[TokenRange], rows: Array, positions: Array, hidden: Tensor,
+               logits_of: LogitsOf) -> list[RowResult]:
         """One result a range.
 
         Args:
