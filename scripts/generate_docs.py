@@ -11,6 +11,9 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from functools import cache
@@ -27,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE_ROOTS = ("framework", "builtin_models", "builtin_quant", "builtin_samplers", "plugins", "kernels")
 
 NO_TEST = "**no test**"
+TRANSCRIPT_WIDTH = 120
 UNDOCUMENTED: dict[str, dict[str, str]] = {
     "Logprob": {"logprob": "natural logarithm of its probability", "rank": "1 is the most probable token",
                 "decoded_token": "its text, for people; U+FFFD where it is no whole character"},
@@ -89,6 +93,13 @@ def output_fields(cls: type, prefix: str) -> str:
 def error_tree() -> str:
     """The tree that errors.py draws."""
     return f"```\n{(kvloom.errors.__doc__ or '').split(chr(10) * 2)[1]}\n```"
+
+
+def transcript() -> str:
+    """What ``kvloom demo`` prints, wrapped as a terminal would."""
+    done = subprocess.run([sys.executable, "-m", "kvloom", "demo"], capture_output=True, text=True, check=True)
+    lines = [wrapped for line in done.stdout.strip().splitlines() for wrapped in textwrap.wrap(line, TRANSCRIPT_WIDTH) or [""]]
+    return "\n".join(["```", "$ kvloom demo", *lines, "```"])
 
 
 def _state(state: NoEffect | Unsupported | None) -> str:
@@ -172,6 +183,7 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "completion-output": ("docs/api.md", lambda: output_fields(CompletionOutput, "completion_output")),
     "logprob": ("docs/api.md", lambda: output_fields(Logprob, "logprob")),
     "errors": ("docs/errors.md", error_tree),
+    "transcript": ("README.md", transcript),
 }
 """Marker in the page -> page, text."""
 

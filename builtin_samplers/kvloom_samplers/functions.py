@@ -95,4 +95,6 @@ def _call(function: Callable[..., Any], with_prompt: bool, state: Calls, row: Te
     if not isinstance(out, Tensor) or out.shape != row.shape:
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise RequestFailedError(f"the function {name_of(function)} gave {got} for logits of the shape {tuple(row.shape)}")
+    if bool(out.isnan().any()):
+        raise RequestFailedError(f"the function {name_of(function)} left NaN in the logits")
     return out

@@ -56,6 +56,11 @@ class Call:
         """Requests without an output."""
         return len(self.pending)
 
+    @property
+    def num_open(self) -> int:
+        """Requests without an output, and outputs that were not taken."""
+        return len(self.pending) + len(self._done)
+
     def deliver(self, place: int, output: RequestOutput) -> None:
         """A request ended, or was refused."""
         self.pending.pop(place, None)

@@ -240,19 +240,19 @@ class LLM:
         call, place, exhausted = Call(), 0, False
         try:
             while True:
-                while not exhausted and call.num_unfinished < bound:
+                for _, output in call.take():  # before more is read: what is read may raise
+                    yield _unless_failed(output, on_error)
+                while not exhausted and call.num_open < bound:
                     pair = next(pairs, None)
                     if pair is None:
                         exhausted = True
                     else:
                         engine.submit(call, [pair[0]], [pair[1]], [priority], return_errors=on_error == "return", first_place=place)
                         place += 1
-                for _, output in call.take():
-                    yield _unless_failed(output, on_error)
-                if exhausted and not call.num_unfinished:
-                    return
                 if call.num_unfinished:
                     engine.step()
+                elif exhausted and not call.num_open:
+                    return
         finally:
             engine.abort(call)
 

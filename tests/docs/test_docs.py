@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import shlex
 from pathlib import Path
 from types import ModuleType
 
@@ -115,7 +116,7 @@ def test_the_readmes_commands_are_there(small_checkpoint: Path, capsys) -> None:
         if command.startswith("scripts/"):
             assert (ROOT / command).stat().st_mode & 0o111
         else:
-            arguments = command.replace("path/to/checkpoint", str(small_checkpoint)).split()[1:]
+            arguments = shlex.split(command.replace("path/to/checkpoint", str(small_checkpoint)))[1:]
             assert kvloom.cli.main(arguments) == 0, command
     assert capsys.readouterr().out
 

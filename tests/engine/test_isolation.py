@@ -115,7 +115,7 @@ def poison(ids: list, logits: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(("function", "message"), [
     (explode, "the function explode raised ArithmeticError: after 0"), (cut, "the function cut gave (3,) for logits of the shape (288,)"),
-    (poison, "logits processor 'functions' (plugin 'kvloom-samplers' of kvloom"), (lambda ids, logits: None, "gave NoneType for logits"),
+    (poison, "the function poison left NaN in the logits"), (lambda ids, logits: None, "gave NoneType for logits"),
 ])
 def test_a_function_that_breaks_fails_its_own_request(llm: LLM, undisturbed: list, function: Callable, message: str) -> None:
     check(llm, undisturbed, SamplingParams(max_tokens=8, ignore_eos=True, logits_processors=[function]), message)
