@@ -18,7 +18,11 @@ BANNED_NAMES = {"eval", "exec", "compile", "__import__"}
 TEMPLATE_RENDERER = "kvloom/text/chat.py"
 """The only file that may import Jinja."""
 PACKAGES = ("kvloom", "kvloom_models", "kvloom_quant", "kvloom_samplers", "kvloom_plugins", "kvloom_kernels")
-MAX_WHEEL_BYTES = 1_000_000
+MAX_CODE_BYTES = 1_000_000
+DEMO_MODEL = "kvloom/demo/model/"
+DEMO_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+MAX_DEMO_BYTES = 6_200_000
+"""Weights of at most 6,000,000 bytes, and the tokenizer."""
 
 
 def dotted(node: ast.expr) -> str:
@@ -61,10 +65,14 @@ def main(path: str) -> int:
             if name.endswith(".py"):
                 found += problems(name, wheel.read(name).decode())
     found += [f"package {p} is missing" for p in PACKAGES if f"{p}/__init__.py" not in names]
-    size = sum(i.compress_size for i in zipfile.ZipFile(path).infolist())
-    if size > MAX_WHEEL_BYTES:
-        found.append(f"the wheel has {size} bytes, at most {MAX_WHEEL_BYTES} are wanted")
-    print("\n".join(found) or f"{path}: {len(names)} files, {size} bytes, nothing banned")
+        sizes = {i.filename: i.compress_size for i in wheel.infolist()}
+    found += [f"file {DEMO_MODEL}{file} is missing" for file in DEMO_FILES if DEMO_MODEL + file not in names]
+    demo = sum(size for name, size in sizes.items() if name.startswith(DEMO_MODEL))
+    code = sum(sizes.values()) - demo
+    for what, size, most in (("demo model", demo, MAX_DEMO_BYTES), ("rest", code, MAX_CODE_BYTES)):
+        if size > most:
+            found.append(f"the {what} has {size} bytes, at most {most} are wanted")
+    print("\n".join(found) or f"{path}: {len(names)} files, {code} bytes and a demo model of {demo} bytes, nothing banned")
     return 1 if found else 0
 
 

@@ -1,0 +1,1 @@
+"""The demo model that ships in the wheel: the text it learns from, its tokenizer, its training."""
