@@ -64,8 +64,8 @@ def main(path: str) -> int:
         for name in names:
             if name.endswith(".py"):
                 found += problems(name, wheel.read(name).decode())
-    found += [f"package {p} is missing" for p in PACKAGES if f"{p}/__init__.py" not in names]
         sizes = {i.filename: i.compress_size for i in wheel.infolist()}
+    found += [f"package {p} is missing" for p in PACKAGES if f"{p}/__init__.py" not in names]
     found += [f"file {DEMO_MODEL}{file} is missing" for file in DEMO_FILES if DEMO_MODEL + file not in names]
     demo = sum(size for name, size in sizes.items() if name.startswith(DEMO_MODEL))
     code = sum(sizes.values()) - demo
