@@ -15,7 +15,7 @@ import zipfile
 BANNED_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 BANNED_CALLS = {"torch.load", "numpy.load", "np.load", "os.system"}
 BANNED_NAMES = {"eval", "exec", "compile", "__import__"}
-TEMPLATE_RENDERER = "kvloom/text/chat.py"
+TEMPLATE_RENDERER = "kvloom/text/template_process.py"
 """The only file that may import Jinja."""
 PACKAGES = ("kvloom", "kvloom_models", "kvloom_quant", "kvloom_samplers", "kvloom_plugins", "kvloom_kernels")
 MAX_CODE_BYTES = 1_000_000

@@ -28,15 +28,38 @@ entry points in hooks/loader.py) and stays reachable as ``__cause__``.
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
+
+SHOWN_CHARACTERS, SHOWN_ITEMS = 200, 20
+"""Most of a value that a message repeats."""
 
 
 def shown(value: object) -> str:
-    """`value` for a message: bounded, whatever a request sends. (Python refuses to print an int of more than 4300 digits.)"""
-    if isinstance(value, int) and value.bit_length() > 1000:
+    """`value` for a message: bounded in time and length, whatever a request sends, and it never raises."""
+    try:
+        text = _shown(value, depth=3)
+    except Exception:  # noqa: BLE001  (a __repr__ of somebody's own)
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+
+
+def _shown(value: object, depth: int) -> str:
+    if isinstance(value, int) and value.bit_length() > 1000:  # Python refuses to print more than 4300 digits
         return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    if isinstance(value, str | bytes):
+        return repr(value[:SHOWN_CHARACTERS + 1])
+    if isinstance(value, dict | list | tuple | set | frozenset):
+        if not depth:
+            return "..."
+        if isinstance(value, dict):
+            parts = [f"{_shown(k, depth - 1)}: {_shown(v, depth - 1)}" for k, v in islice(value.items(), SHOWN_ITEMS)]
+        else:
+            parts = [_shown(item, depth - 1) for item in islice(value, SHOWN_ITEMS)]
+        more = ", ..." if len(value) > SHOWN_ITEMS else ""
+        left, right = ("[", "]") if isinstance(value, list) else ("(", ")") if isinstance(value, tuple) else ("{", "}")
+        return f"{left}{', '.join(parts)}{more}{right}"
+    return repr(value)
 
 
 class KvloomError(Exception):

@@ -16,10 +16,16 @@ OnText = Callable[[int, str], object]
 
 @dataclass(slots=True)
 class LiveSequence:
-    """One completion being made; `text` is followed token by token only where somebody needs it before the end."""
+    """One completion being made.
+
+    Args:
+        text: followed token by token only where somebody needs it before the end.
+        is_over: it ended, and its text was read to the end.
+    """
 
     request: Request
     text: SequenceText | None
+    is_over: bool = False
 
 
 @dataclass(slots=True)
@@ -32,7 +38,8 @@ class LiveRequest:
         place: which of its call's prompts it is.
         call: which call it belongs to.
         on_text: told of new text as it comes.
-        num_running: sequences that have not ended.
+        texts: of its sequences to be, see `LiveSequence`.
+        num_running: sequences that are not over.
     """
 
     request_id: str
@@ -40,6 +47,7 @@ class LiveRequest:
     place: int
     call: Call
     on_text: OnText | None = None
+    texts: list[SequenceText | None] = field(default_factory=list)
     sequences: list[LiveSequence] = field(default_factory=list)
     num_running: int = 0
 

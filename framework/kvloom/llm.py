@@ -21,6 +21,7 @@ from kvloom.request_arguments import OnError, check_on_error, one_each, pair_up,
 from kvloom.running import RunningEngine
 from kvloom.start_report import PhaseTimer
 from kvloom.startup import start_engine
+from kvloom.text.chat import ChatOptions, ContentFormat, RenderedChat, split_conversations
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -143,11 +144,9 @@ class LLM:
                       guided_options_request=guided_options_request)
         items = self._prompts(prompts, prompt_token_ids)
         check_on_error(on_error)
-        engine, call = self.llm_engine, Call()
+        engine = self.llm_engine
         params = one_each(len(items), sampling_params, engine.defaults)
-        priorities = priorities_each(len(items), priority)
-        engine.submit(call, items, params, priorities, return_errors=on_error == "return")
-        return self._run(engine, call, len(items), use_tqdm, on_error)
+        return self._run(engine, items, params, priorities_each(len(items), priority), use_tqdm, on_error)
 
     def generate_iter(
         self,
@@ -178,6 +177,53 @@ class LLM:
         bound = 2 * engine.config.scheduler.max_num_seqs if max_in_flight is None else check_int("max_in_flight", max_in_flight, 1)
         pairs = pair_up(prompts, sampling_params, engine.defaults)
         return self._iterate(engine, pairs, bound, checked_priority, on_error)
+
+    def chat(
+        self,
+        messages: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: Any = None,
+        chat_template: str | None = None,
+        chat_template_content_format: ContentFormat = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        mm_processor_kwargs: Any = None,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        priority: int | Sequence[int] | None = None,
+        on_error: OnError = "raise",
+        dry_run: bool = False,
+    ) -> list[RequestOutput] | list[RenderedChat]:
+        """Answer conversations: the model's chat template makes a prompt of each, `generate` completes it.
+
+        Args:
+            messages: a list of ``{"role": ..., "content": ...}``, or a list of such lists.
+            chat_template: Jinja text or a file instead of the model's own.
+            chat_template_content_format: how contents reach the template: "string", "openai" (lists of parts), or as it takes them.
+            add_generation_prompt: end with the beginning of the assistant's message.
+            continue_final_message: go on with the last message instead.
+            tools: JSON objects that describe functions, for the template.
+            chat_template_kwargs: further variables of the template.
+            dry_run: give text and ids of each prompt, and compute nothing.
+            sampling_params, use_tqdm, priority, on_error: as in `generate`.
+
+        Raises:
+            RequestValidationError, RequestTypeError: no template, one that refuses the messages or takes too long, or bad messages.
+            RequestFailedError: a request failed while it ran.
+        """
+        _refuse_later(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        check_on_error(on_error)
+        engine = self.llm_engine
+        options = ChatOptions(chat_template, chat_template_content_format, add_generation_prompt, continue_final_message, tools,
+                              chat_template_kwargs)
+        conversations = split_conversations(messages)
+        if dry_run:
+            return [engine.chat.render(c, options) for c in conversations]
+        params = one_each(len(conversations), sampling_params, engine.defaults)
+        items = [functools.partial(engine.chat.prompt, c, options) for c in conversations]
+        return self._run(engine, items, params, priorities_each(len(items), priority), use_tqdm, on_error)
 
     def _prompts(self, prompts: Any, prompt_token_ids: Any) -> list[Any]:
         """One item a prompt, from today's or yesterday's arguments."""
@@ -218,12 +264,14 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run(self, engine: RunningEngine, call: Call, count: int, use_tqdm: bool | Callable[..., Any],
-             on_error: OnError) -> list[RequestOutput]:
-        """Step until the call's requests are done; on any exception forget them all."""
+    def _run(self, engine: RunningEngine, items: Sequence[Any], params: Sequence[SamplingParams], priorities: Sequence[int],
+             use_tqdm: bool | Callable[..., Any], on_error: OnError) -> list[RequestOutput]:
+        """Submit, and step until the requests are done; on any exception forget them all."""
+        call = Call()
         outputs: dict[int, RequestOutput] = {}
         try:
-            with Progress(count, use_tqdm) as progress:
+            engine.submit(call, items, params, priorities, return_errors=on_error == "return")
+            with Progress(len(items), use_tqdm) as progress:
                 while True:
                     for place, output in call.take():
                         outputs[place] = _unless_failed(output, on_error)
@@ -233,7 +281,7 @@ class LLM:
                     engine.step()
         finally:
             engine.abort(call)
-        return [outputs[place] for place in range(count)]
+        return [outputs[place] for place in range(len(items))]
 
     def _iterate(self, engine: RunningEngine, pairs: Iterator[tuple[Any, SamplingParams]], bound: int, priority: int,
                  on_error: OnError) -> Iterator[RequestOutput]:

@@ -29,10 +29,12 @@ def check_number(name: str, value: object, low: float, high: float, *, above_low
 
 
 def check_int(name: str, value: object, low: int, high: int = 2**31 - 1) -> int:
-    """An int (no bool) in [low, high]."""
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise RequestValidationError(f"{name} must be an integer in [{low}, {high}], got {shown(value)}", name, value)
-    return value
+    """An int (no bool) in [low, high], as a plain int: a subclass may compare as it likes."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        plain = int.__index__(value)
+        if low <= plain <= high:
+            return plain
+    raise RequestValidationError(f"{name} must be an integer in [{low}, {high}], got {shown(value)}", name, value)
 
 
 def check_bool(name: str, value: object) -> bool:
@@ -61,11 +63,21 @@ def check_bias(value: object) -> dict[int, float]:
 
 def check_texts(name: str, value: object, most: int, longest: int) -> tuple[str, ...]:
     """At most `most` texts of 1 to `longest` characters."""
-    sound = isinstance(value, list | tuple) and len(value) <= most and all(isinstance(s, str) and 0 < len(s) <= longest for s in value)
+    sound = (isinstance(value, list | tuple) and len(value) <= most
+             and all(isinstance(s, str) and 0 < len(s) <= longest and is_unicode(s) for s in value))
     if not sound:
         raise RequestValidationError(f"{name} must be at most {most} texts of 1 to {longest} characters, got {shown(value)}", name,
                                      value)
     return tuple(value)  # type: ignore[arg-type]  # checked above
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it has no lone surrogates, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_callables(name: str, value: object) -> Sequence[Callable[..., Any]]:

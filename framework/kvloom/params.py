@@ -12,10 +12,9 @@ from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any, Self
 
-from kvloom.errors import RequestValidationError, UnsupportedFeatureError
+from kvloom.errors import RequestValidationError, UnsupportedFeatureError, shown
 from kvloom.logs import get_logger
 from kvloom.param_checks import (
-    MAX_LISTED,
     check_bias,
     check_bool,
     check_callables,
@@ -40,6 +39,8 @@ MAX_BAD_WORDS = 128
 """Bound of the number of bad words."""
 MAX_TEXT_LENGTH = 1024
 """Bound of the characters of a stop string or bad word."""
+MAX_ID_DIGITS = 20
+"""Longer texts are no token ids."""
 BIAS_RANGE = 100.0
 """`SamplingParams.from_optional` clamps biases to [-100, 100], as OpenAI's API does."""
 
@@ -154,33 +155,33 @@ class SamplingParams:
             get_logger().warning("temperature raised", given=self.temperature, used=MIN_TEMPERATURE)
             self.temperature = MIN_TEMPERATURE
         self.top_p = check_number("top_p", self.top_p, 0.0, 1.0, above_low=True)
-        check_int("top_k", self.top_k, -1)
+        self.top_k = check_int("top_k", self.top_k, -1)
         self.min_p = check_number("min_p", self.min_p, 0.0, 1.0)
         for name in ("presence_penalty", "frequency_penalty"):
             check_number(name, getattr(self, name), -2.0, 2.0)
-        check_number("repetition_penalty", self.repetition_penalty, 0.0, 1e6, above_low=True)
+        check_number("repetition_penalty", self.repetition_penalty, 1e-6, 1e6)  # float32 divides by it
         if self.seed is not None:
-            check_int("seed", self.seed, -(2**63), 2**64 - 1)
-            self.seed = None if self.seed == -1 else self.seed
+            seed = check_int("seed", self.seed, -(2**63), 2**64 - 1)
+            self.seed = None if seed == -1 else seed
 
     def _check_lengths(self) -> None:
-        check_int("n", self.n, 1, MAX_SEQUENCES_PER_REQUEST)
+        self.n = check_int("n", self.n, 1, MAX_SEQUENCES_PER_REQUEST)
         if self.best_of is not None:
-            check_int("best_of", self.best_of, self.n, MAX_SEQUENCES_PER_REQUEST)
+            self.best_of = check_int("best_of", self.best_of, self.n, MAX_SEQUENCES_PER_REQUEST)
             if self.best_of != self.n and self.output_kind is RequestOutputKind.DELTA:
                 raise RequestValidationError("with output_kind=DELTA best_of must equal n: the best are only known at the end",
                                              "best_of", self.best_of)
         if self.max_tokens is not None:
-            check_int("max_tokens", self.max_tokens, 1)
-        check_int("min_tokens", self.min_tokens, 0, self.max_tokens if self.max_tokens is not None else 2**31 - 1)
-        if self.truncate_prompt_tokens not in (None, -1):
-            check_int("truncate_prompt_tokens", self.truncate_prompt_tokens, 1)
+            self.max_tokens = check_int("max_tokens", self.max_tokens, 1)
+        self.min_tokens = check_int("min_tokens", self.min_tokens, 0, self.max_tokens if self.max_tokens is not None else 2**31 - 1)
+        if self.truncate_prompt_tokens is not None and check_int("truncate_prompt_tokens", self.truncate_prompt_tokens, -1) == 0:
+            raise RequestValidationError("truncate_prompt_tokens must be at least 1, or -1", "truncate_prompt_tokens", 0)
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if isinstance(value, bool):  # vLLM's scripts say True for "that of the token itself and the best one"
                 setattr(self, name, 1 if value else None)
             elif value is not None:
-                check_int(name, value, -1)
+                setattr(self, name, check_int(name, value, -1))
 
     def _check_lists(self) -> None:
         self.stop_token_ids = check_ids("stop_token_ids", self.stop_token_ids)
@@ -196,16 +197,16 @@ class SamplingParams:
         for name in ("ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output"):
             check_bool(name, getattr(self, name))
         if not isinstance(self.output_kind, RequestOutputKind):
-            raise RequestValidationError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}", "output_kind",
+            raise RequestValidationError(f"output_kind must be a RequestOutputKind, got {shown(self.output_kind)}", "output_kind",
                                          self.output_kind)
-        check_texts("bad_words", self.bad_words or (), MAX_BAD_WORDS, MAX_TEXT_LENGTH)
+        check_texts("bad_words", () if self.bad_words is None else self.bad_words, MAX_BAD_WORDS, MAX_TEXT_LENGTH)
         if self.stop_strings and not self.detokenize:
             raise RequestValidationError("stop strings are found in text, so they need detokenize=True", "stop", self.stop)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple. Raises `RequestValidationError` when it is anything but a text or a list of texts."""
-        given = [self.stop] if isinstance(self.stop, str) else self.stop or ()
+        given = () if self.stop is None else [self.stop] if isinstance(self.stop, str) else self.stop
         return check_texts("stop", given, MAX_STOPS, MAX_TEXT_LENGTH)
 
     @property
@@ -241,8 +242,9 @@ class SamplingParams:
         Raises:
             RequestValidationError: more candidates than `max_logprobs` (-1: the whole vocabulary), or ids out of the vocabulary.
         """
-        own = self.clone()
-        own.validate()
+        own = copy.copy(self)
+        own.validate()  # before the deep copy: what it lets through can be copied
+        own = own.clone()
         for name in ("logprobs", "prompt_logprobs"):
             wanted = getattr(own, name)
             if wanted is None:
@@ -262,7 +264,7 @@ class SamplingParams:
 
 def _as_id(key: object) -> object:
     """A token id that JSON turned into a text is a number again; everything else is left for the check."""
-    return int(key) if isinstance(key, str) and key.isdecimal() else key
+    return int(key) if isinstance(key, str) and key.isdecimal() and len(key) < MAX_ID_DIGITS else key
 
 
 def field_names() -> list[str]:
@@ -278,4 +280,4 @@ class PoolingParams:
     dimensions: int | None = None
 
 
-__all__ = ["MAX_LISTED", "PoolingParams", "RequestOutputKind", "SamplingParams", "check_int", "field_names"]
+__all__ = ["PoolingParams", "RequestOutputKind", "SamplingParams", "field_names"]

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from kvloom.errors import RequestTypeError
 from kvloom.outputs import RequestOutput
 
 MakeBar = Callable[..., Any]
@@ -28,6 +29,9 @@ class Progress:
         if use_tqdm:
             make = tqdm if use_tqdm is True else use_tqdm
             self._bar = make(total=total, desc="Processed prompts", dynamic_ncols=True, postfix=_speed(0, 0, 1.0))
+            if not (hasattr(self._bar, "update") and hasattr(self._bar, "close")):
+                raise RequestTypeError(f"use_tqdm must make a progress bar as tqdm does, it made {type(self._bar).__name__}",
+                                       "use_tqdm", use_tqdm)
         self._started_s = time.monotonic()
         self._input_tokens = self._output_tokens = 0
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict
 
 from kvloom.errors import RequestTypeError, RequestValidationError, UnsupportedFeatureError, shown
+from kvloom.param_checks import is_unicode
 
 FORMS = "a text, a list of token ids, {'prompt': text}, {'prompt_token_ids': [...]}, or a list of these"
 LATER_KEYS = ("multi_modal_data", "mm_processor_kwargs", "token_type_ids", "prompt_embeds", "multi_modal_uuids")
@@ -56,11 +57,6 @@ def split_prompts(prompts: Any) -> list[Any]:
     return list(prompts)
 
 
-def parse_prompts(prompts: Any) -> list[ParsedPrompt]:
-    """One `ParsedPrompt` a prompt, in order. Raises what `split_prompts` and `parse_prompt` raise."""
-    return [parse_prompt(p) for p in split_prompts(prompts)]
-
-
 def parse_prompt(prompt: Any) -> ParsedPrompt:
     """A single prompt.
 
@@ -70,7 +66,7 @@ def parse_prompt(prompt: Any) -> ParsedPrompt:
         UnsupportedFeatureError: a key of a later feature.
     """
     if isinstance(prompt, str):
-        return ParsedPrompt(prompt, None)
+        return ParsedPrompt(_text(prompt), None)
     if isinstance(prompt, Mapping):
         return _parse_mapping(prompt)
     if isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray):
@@ -91,6 +87,8 @@ def _parse_mapping(prompt: Mapping[Any, Any]) -> ParsedPrompt:
     text, ids, salt = prompt.get("prompt"), prompt.get("prompt_token_ids"), prompt.get("cache_salt")
     if text is not None and not isinstance(text, str):
         raise RequestTypeError(f"prompt['prompt'] must be a text, got {type(text).__name__}", "prompt", text)
+    if text is not None:
+        _text(text)
     if salt is not None and not (isinstance(salt, str) and 0 < len(salt) <= MAX_SALT_LENGTH):
         raise RequestValidationError(f"cache_salt must be a text of 1 to {MAX_SALT_LENGTH} characters, got {shown(salt)}",
                                      "cache_salt", salt)
@@ -98,6 +96,12 @@ def _parse_mapping(prompt: Mapping[Any, Any]) -> ParsedPrompt:
         raise RequestTypeError("a prompt must contain text, tokens, or embeddings: give 'prompt' or 'prompt_token_ids'", "prompts",
                                dict(prompt))
     return ParsedPrompt(text, None if ids is None else _token_ids(ids), salt or "")
+
+
+def _text(text: str) -> str:
+    if not is_unicode(text):
+        raise RequestValidationError(f"a prompt must be Unicode text, this one has lone surrogates: {shown(text)}", "prompt", text)
+    return text
 
 
 def _token_ids(ids: Any) -> tuple[int, ...]:
@@ -141,7 +145,7 @@ def legacy_prompts(prompts: str | Sequence[str] | None, prompt_token_ids: Any) -
 def _legacy_ids(given: Any) -> list[Sequence[int]]:
     if not isinstance(given, Sequence) or isinstance(given, str | bytes):
         raise _no_prompts(given)
-    if not given or list(given) == [[]]:
+    if not len(given) or (len(given) == 1 and isinstance(given[0], Sequence) and not len(given[0])):
         raise RequestValidationError("please provide at least one prompt", "prompt_token_ids", given)
     if all(_is_int(i) for i in given):
         return [given]

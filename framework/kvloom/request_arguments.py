@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 from typing import Any, Literal
 
@@ -10,13 +10,14 @@ from kvloom.errors import RequestTypeError, RequestValidationError, shown
 from kvloom.param_checks import check_int
 from kvloom.params import SamplingParams
 
+_END: Any = object()
 OnError = Literal["raise", "return"]
 """What a call does with a request that fails."""
 
 
 def check_on_error(value: object) -> None:
     """Raises `RequestValidationError` unless it is an `OnError`."""
-    if value not in ("raise", "return"):
+    if not isinstance(value, str) or value not in ("raise", "return"):
         raise RequestValidationError(f"on_error must be 'raise' or 'return', got {shown(value)}", "on_error", value)
 
 
@@ -71,7 +72,7 @@ def pair_up(prompts: Iterable[Any], given: SamplingParams | Iterable[SamplingPar
         RequestTypeError: at once: not iterable, or a single prompt; later: something that is no `SamplingParams`.
         RequestValidationError: later: the parameters end before the prompts.
     """
-    if isinstance(prompts, str | dict) or not isinstance(prompts, Iterable):
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
         raise RequestTypeError(f"prompts must be an iterable of prompts, got {type(prompts).__name__}", "prompts", prompts)
     if given is None or isinstance(given, SamplingParams):
         return zip(prompts, repeat(default if given is None else given))
@@ -83,8 +84,8 @@ def pair_up(prompts: Iterable[Any], given: SamplingParams | Iterable[SamplingPar
 def _pairs(prompts: Iterable[Any], given: Iterable[SamplingParams]) -> Iterator[tuple[Any, SamplingParams]]:
     following = iter(given)
     for prompt in prompts:
-        params = next(following, None)
-        if params is None:
+        params = next(following, _END)
+        if params is _END:
             raise RequestValidationError("The lengths of prompts and params must be the same: the parameters ended first.",
                                          "sampling_params")
         if not isinstance(params, SamplingParams):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
-from kvloom.core import RequestSpec, root_digest
+from kvloom.core import RequestSpec, check_prompt_length, root_digest
 from kvloom.errors import RequestFailedError, RequestValidationError
 from kvloom.interfaces import SequenceView, Tokenizer
 from kvloom.params import SamplingParams
@@ -16,6 +16,10 @@ from kvloom.prompts import ParsedPrompt, check_token_ids
 
 if TYPE_CHECKING:
     from kvloom.runtime.logits import LogitsPipeline
+
+
+LONGEST_TOKEN_CHARACTERS = 128
+"""Texts of more characters a token than this are refused without being encoded: the longest tokens are runs of 128 spaces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,7 @@ class RequestRules:
         if sampling.stop_strings:
             self.need_tokenizer("stop strings", "stop")
         token_ids = tuple(self._encode(prompt, sampling.truncate_prompt_tokens))
+        check_prompt_length(len(token_ids), self.max_model_len)
         seed = self._derived_seed(number) if sampling.seed is None else sampling.seed % 2**64
         asked = self.pipeline.ask(sampling, self.tokenizer)
         reads = sampling.prompt_logprobs is None
@@ -99,12 +104,20 @@ class RequestRules:
         # Without a prefix cache no two requests may meet, but the completions of one do.
         return root_digest(self.model_revision, cache_salt=salt, media=() if self.cached else (f"request {number}",))
 
+    def _bounded(self, text: str, keep_tokens: int | None) -> str:
+        """A text of a length that is worth encoding, which takes a second per megabyte: its end, where only that is wanted."""
+        most = self.max_model_len * LONGEST_TOKEN_CHARACTERS
+        if len(text) > most and keep_tokens is None:
+            raise RequestValidationError(f"The prompt has {len(text)} characters, which is longer than the maximum model length of "
+                                         f"{self.max_model_len} tokens can hold ({most}).", "prompt", len(text))
+        return text[-most:]
+
     def _encode(self, prompt: ParsedPrompt, keep_tokens: int | None) -> Sequence[int]:
         token_ids: Sequence[int] | None = prompt.token_ids
         if token_ids is None:
-            tokenizer = self.need_tokenizer("text prompts")
+            tokenizer, text = self.need_tokenizer("text prompts"), self._bounded(prompt.text or "", keep_tokens)
             try:
-                token_ids = tokenizer.encode(prompt.text or "")
+                token_ids = tokenizer.encode(text)
             except Exception as error:
                 raise RequestFailedError(f"the tokenizer raised {type(error).__name__}: {error}") from error
         if not token_ids:

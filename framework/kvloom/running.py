@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kvloom.config import EngineConfig
-from kvloom.core import Engine, RequestSpec
-from kvloom.errors import KvloomError, RequestError, RequestFailedError, UnsupportedFeatureError
+from kvloom.core import Engine, Request, RequestSpec
+from kvloom.errors import (
+    EngineClosedError,
+    InternalError,
+    KvloomError,
+    RequestError,
+    RequestFailedError,
+    UnsupportedFeatureError,
+)
 from kvloom.hooks.loader import PluginSet
 from kvloom.hooks.origin import Origin
 from kvloom.interfaces import Executor, Tokenizer
@@ -20,8 +29,10 @@ from kvloom.params import SamplingParams
 from kvloom.prompts import ParsedPrompt, parse_prompt
 from kvloom.request_rules import RequestRules
 from kvloom.start_report import StartReport
+from kvloom.text.chat import ChatFormatter
 from kvloom.text.output import request_output
 from kvloom.text.sequence_text import SequenceText
+from kvloom.text.templates import TemplateRenderer
 
 if TYPE_CHECKING:
     from kvloom.runtime.memory import MemoryPlan
@@ -45,6 +56,9 @@ class RunningEngine:
                  defaults: SamplingParams, plan: MemoryPlan, report: StartReport) -> None:
         self.config, self.engine, self.executor, self.plugins = config, engine, executor, plugins
         self.rules, self.defaults, self.plan, self.report = rules, defaults, plan, report
+        self._chat: ChatFormatter | None = None
+        self._changed: deque[Request] = deque()  # by steps, and not looked at yet
+        self._is_busy = self._is_closed = False
         self._live: dict[int, tuple[LiveRequest, LiveSequence]] = {}
         self._next_number = 0
 
@@ -59,9 +73,29 @@ class RunningEngine:
         return self.rules.tokenizer
 
     @property
+    def chat(self) -> ChatFormatter:
+        """Renders conversations. Raises `RequestValidationError` without a tokenizer."""
+        if self._chat is None:
+            self._chat = ChatFormatter(self.rules.need_tokenizer("chat"), TemplateRenderer())
+        return self._chat
+
+    @property
     def has_work(self) -> bool:
         """Whether `step` has something to do."""
-        return self.engine.has_work
+        return self.engine.has_work or any(r.sequence_id in self._live for r in self._changed)
+
+    @contextmanager
+    def _alone(self, what: str) -> Iterator[None]:
+        """For what may not be called from inside itself: by a function, a tokenizer or an observer that it calls."""
+        if self._is_closed:
+            raise EngineClosedError("the engine was closed; make a new LLM")
+        if self._is_busy:
+            raise RequestFailedError(f"{what} was called from inside the engine, by what the engine itself had called")
+        self._is_busy = True
+        try:
+            yield
+        finally:
+            self._is_busy = False
 
     def stats(self) -> Mapping[str, float]:
         """See `EngineInfo`."""
@@ -81,29 +115,44 @@ class RunningEngine:
 
         Args:
             call: gets the outputs.
-            prompts: in any form that `parse_prompt` takes.
+            prompts: in any form that `parse_prompt` takes, or functions that give a `ParsedPrompt` (what they raise is their
+                request's refusal).
             return_errors: a prompt that cannot be served becomes an output with the error, and the others are queued.
+            on_text: told of new text as it comes; what it raises, `step` raises.
             first_place: place of the first prompt in the call.
 
         Raises:
             RequestError, UnsupportedFeatureError: one of them cannot be served, and `return_errors` is False.
         """
-        ready: list[tuple[LiveRequest, list[RequestSpec]]] = []
-        refused: list[tuple[LiveRequest, KvloomError]] = []
-        for i, (prompt, sampling, priority) in enumerate(zip(prompts, params, priorities, strict=True)):
-            live = LiveRequest(str(self._next_number + i), None, first_place + i, call, on_text)
-            try:
-                parsed = parse_prompt(prompt)
-                live.prompt = parsed.text
-                ready.append((live, self._checked(parsed, sampling, self._next_number + i, priority)))
-            except REFUSALS as error:
-                if not return_errors:
-                    raise
-                refused.append((live, error))
-        refused += self._queue(ready, return_errors=return_errors)
-        self._next_number += len(prompts)
+        with self._alone("submit"):
+            ready: list[tuple[LiveRequest, list[RequestSpec]]] = []
+            refused: list[tuple[LiveRequest, KvloomError]] = []
+            for i, (prompt, sampling, priority) in enumerate(zip(prompts, params, priorities, strict=True)):
+                live = LiveRequest(str(self._next_number + i), None, first_place + i, call, on_text)
+                try:
+                    ready.append((live, self._read_prompt(live, prompt, sampling, self._next_number + i, priority)))
+                except REFUSALS as error:
+                    if not return_errors:
+                        raise
+                    refused.append((live, error))
+            refused += self._queue(ready, return_errors=return_errors)
+            self._next_number += len(prompts)
         for live, reason in refused:
             call.deliver(live.place, _refusal(live, reason))
+
+    def _read_prompt(self, live: LiveRequest, prompt: Any, params: SamplingParams, number: int, priority: int) -> list[RequestSpec]:
+        """A request's sequences, with their texts. Whatever goes wrong here is this request's failure, as a `RequestError`."""
+        try:
+            parsed = prompt() if callable(prompt) else parse_prompt(prompt)
+            live.prompt = parsed.text
+            specs = self._checked(parsed, params, number, priority)
+            live.texts = [self._text(spec, live) for spec in specs]
+            live.num_running = len(specs)
+        except REFUSALS:
+            raise
+        except Exception as error:
+            raise _failure(live, "cannot be read", error) from error
+        return specs
 
     def _checked(self, prompt: ParsedPrompt, params: SamplingParams, number: int, priority: int) -> list[RequestSpec]:
         specs = self.rules.specs(prompt, params, number, priority)
@@ -131,38 +180,53 @@ class RunningEngine:
 
     def _add(self, live: LiveRequest, specs: Sequence[RequestSpec]) -> None:
         leader: int | None = None
-        for spec in specs:
-            request = self.engine.add(replace(spec, leader=leader))
-            leader = request.sequence_id if leader is None else leader
-            sequence = LiveSequence(request, self._text(spec, live))
+        for spec, text in zip(specs, live.texts, strict=True):
+            sequence = LiveSequence(self.engine.add(replace(spec, leader=leader)), text)
             live.sequences.append(sequence)
-            self._live[request.sequence_id] = live, sequence
-        live.num_running = len(specs)
+            leader = sequence.request.sequence_id if leader is None else leader
+            self._live[sequence.request.sequence_id] = live, sequence
 
     def _text(self, spec: RequestSpec, live: LiveRequest) -> SequenceText | None:
         """Followed token by token where stop strings may end it or somebody reads along."""
-        if self.tokenizer is None or not (spec.sampling.stop_strings or live.on_text):
+        if self.tokenizer is None or not spec.sampling.detokenize or not (spec.sampling.stop_strings or live.on_text):
             return None
         return SequenceText(self.tokenizer, spec.prompt_token_ids, spec.sampling)
 
     # -- requests go
 
     def step(self) -> None:
-        """One step; requests that end are delivered to their calls."""
-        for request in self.engine.step():
-            if request.sequence_id not in self._live:
-                continue
-            live, sequence = self._live[request.sequence_id]
-            try:
-                piece = self._read(sequence, wanted=live.on_text is not None)
-            except Exception as error:  # noqa: BLE001  (a tokenizer that cannot decode fails this request, not the engine)
-                self._deliver(live, _decode_failure(live, error))
-                continue
-            if live.on_text is not None and piece:
-                live.on_text(request.spec.sample_index, piece)
-            live.num_running -= request.finish is not None
-            if request.error is not None or not live.num_running:
-                self._deliver(live, request.error)
+        """One step; requests that end are delivered to their calls.
+
+        Raises:
+            InternalError: there is nothing to do, so whoever waits would wait for ever.
+        """
+        with self._alone("a step"):
+            if not self.has_work:
+                raise InternalError("a call waits for requests, but the engine has none")
+            if not self._changed:
+                try:
+                    self._changed.extend(self.engine.step())
+                finally:
+                    self._changed.extend(self.engine.take_interrupted())
+            while self._changed:  # what an exception leaves here is looked at next time
+                self._look_at(self._changed.popleft())
+
+    def _look_at(self, request: Request) -> None:
+        if request.sequence_id not in self._live:
+            return
+        live, sequence = self._live[request.sequence_id]
+        try:
+            piece = self._read(sequence, wanted=live.on_text is not None)
+        except Exception as error:  # noqa: BLE001  (a tokenizer that cannot decode fails this request, not the engine)
+            self._deliver(live, _failure(live, "cannot be decoded", error))
+            return
+        if live.on_text is not None and piece:
+            live.on_text(request.spec.sample_index, piece)
+        if request.finish is not None and not sequence.is_over:
+            sequence.is_over = True
+            live.num_running -= 1
+        if request.error is not None or not live.num_running:
+            self._deliver(live, request.error)
 
     def _read(self, sequence: LiveSequence, *, wanted: bool) -> str:
         """Follow a sequence's text as far as somebody needs it, and end it at a stop string; what may be shown of it now."""
@@ -177,11 +241,11 @@ class RunningEngine:
     def _deliver(self, live: LiveRequest, error: KvloomError | None) -> None:
         try:
             output = request_output(live, self.tokenizer, error)
-        except Exception as raised:  # noqa: BLE001  (see `step`)
-            output = _refusal(live, error or _decode_failure(live, raised))
+        except Exception as raised:  # noqa: BLE001  (see `_look_at`)
+            output = _refusal(live, error or _failure(live, "cannot be decoded", raised))
         self._forget(live)
-        self._observe("kvloom_request_finished", output)
         live.call.deliver(live.place, output)
+        self._observe("kvloom_request_finished", output)
 
     def _forget(self, live: LiveRequest) -> None:
         for sequence in live.sequences:
@@ -199,7 +263,13 @@ class RunningEngine:
         return self.engine.scheduler.forget_prefixes()
 
     def close(self) -> None:
-        """Free the model and the cache."""
+        """Free the model and the cache. Raises `RequestFailedError` when a step is under way."""
+        if self._is_closed:
+            return
+        with self._alone("close"):
+            self._is_closed = True
+        if self._chat is not None:
+            self._chat.close()
         self.executor.close()
 
     def _observe(self, hook: str, value: Any) -> None:
@@ -212,8 +282,8 @@ class RunningEngine:
                 get_logger().warning("observer failed", hook=hook, plugin=str(origin), error=repr(error), exc_info=error)
 
 
-def _decode_failure(live: LiveRequest, error: Exception) -> RequestFailedError:
-    failure = RequestFailedError(f"request {live.request_id} cannot be decoded: {type(error).__name__}: {error}")
+def _failure(live: LiveRequest, what: str, error: Exception) -> RequestFailedError:
+    failure = RequestFailedError(f"request {live.request_id} {what}: {type(error).__name__}: {error}")
     failure.__cause__ = error
     return failure
 

@@ -37,7 +37,7 @@ class StartReport:
     """What a start took, and what it led to.
 
     Args:
-        phases: with their seconds. Names of import phases begin with "import".
+        phases: with their seconds.
         total_s: from the call to an engine that takes requests.
         kv_blocks, kv_tokens: what the KV cache holds.
         notes: lines about what was chosen, what was refused and why, what was left out.
@@ -48,11 +48,6 @@ class StartReport:
     kv_blocks: int
     kv_tokens: int
     notes: tuple[str, ...]
-
-    @property
-    def after_imports_s(self) -> float:
-        """Sum over the phases that import nothing."""
-        return sum(seconds for name, seconds in self.phases if not name.startswith("import"))
 
     def text(self) -> str:
         """For people."""

@@ -191,7 +191,7 @@ def test_prompt__one_token_less_than_the_model_takes_gives_exactly_one(llm: LLM,
 def test_prompt__as_long_as_the_model_or_longer_is_refused(llm: LLM, prompt_tokens: int) -> None:
     for given in ([[1], [1] * prompt_tokens], "x" * (prompt_tokens - 1)):
         error = refused(llm, given, RequestValidationError, f"longer than the maximum model length of {MAX_MODEL_LEN}")
-        assert error.value == prompt_tokens
+        assert error.value in (prompt_tokens, len(given))  # a text far too long is not encoded: its characters are counted
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])

@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 
 from kvloom.errors import RequestTypeError, RequestValidationError, UnsupportedFeatureError
-from kvloom.prompts import ParsedPrompt, check_token_ids, legacy_prompts, parse_prompts
+from kvloom.prompts import ParsedPrompt, check_token_ids, legacy_prompts, parse_prompt, split_prompts
 
 TEXT, IDS = ParsedPrompt("a", None), ParsedPrompt(None, (1, 2))
+
+
+def parse_prompts(given) -> list[ParsedPrompt]:
+    return [parse_prompt(p) for p in split_prompts(given)]
 
 
 @pytest.mark.parametrize(("given", "parsed"), [

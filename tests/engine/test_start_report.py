@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import structlog
 
 from kvloom import LLM
@@ -28,6 +30,14 @@ def test_the_report_names_what_was_chosen_and_what_was_refused_and_why(small_che
     assert "KV cache: 9 blocks, 128 tokens" in text
 
 
+@pytest.fixture
+def as_before() -> Iterator[None]:
+    """Capturing configures structlog, and later tests want it as it is by default."""
+    yield
+    structlog.reset_defaults()
+
+
+@pytest.mark.usefixtures("as_before")
 def test_one_log_event_has_it_all(small_checkpoint: Path) -> None:
     with structlog.testing.capture_logs() as events, LLM(str(small_checkpoint), dtype="float32") as llm:
         report = llm.llm_engine.report

@@ -12,7 +12,7 @@ import torch
 from variants import VARIANTS, make
 
 from kvloom import LLM, RequestOutput, SamplingParams
-from kvloom.prompts import parse_prompts
+from kvloom.live_request import Call
 
 OUTPUT_TOKENS, BATCHES, CANDIDATES = 64, (1, 8, 33), 48
 SMALLEST_GAP, LOGIT_TOLERANCE = 1e-3, 1e-4
@@ -64,19 +64,18 @@ def truth(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def drive(llm: LLM, prompts: list[list[int]], *, preempt: bool) -> list[RequestOutput]:
     """Like `LLM.generate`; with `preempt` every request has to give way once, at different times."""
-    running = llm.llm_engine
-    places = running.admit(parse_prompts(prompts), [GREEDY.clone() for _ in prompts], [0] * len(prompts))
-    waiting_for = dict(enumerate(places, start=3)) if preempt else {}
-    outputs: list[RequestOutput] = [None] * len(prompts)
+    running, call = llm.llm_engine, Call()
+    running.submit(call, prompts, [GREEDY] * len(prompts), [0] * len(prompts))
+    sequences = [live.sequences[0].request.sequence_id for live in call.pending.values()]
+    waiting_for = dict(enumerate(sequences, start=3)) if preempt else {}
     count = 0
     while running.has_work:
         count += 1
         for when, sequence_id in list(waiting_for.items()):
             if count >= when and running.engine.scheduler.preempt(sequence_id):
                 del waiting_for[when]
-        for sequence_id, output in running.step():
-            outputs[places[sequence_id]] = output
-    return outputs
+        running.step()
+    return [output for _, output in sorted(call.take(), key=lambda done: done[0])]
 
 
 def tokens(outputs: list[RequestOutput]) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0, 1 for "no" (a plan that does not fit), 2 for a mistake."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # text of a model may hold what the terminal's encoding does not
+        sys.stdout.reconfigure(errors="replace")
     arguments = make_parser().parse_args(argv)
     command: Command = arguments.run
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from kvloom.cli.streaming import quiet_logs, stream, write
 from kvloom.errors import ConfigError
 from kvloom.llm import LLM
 from kvloom.near import did_you_mean
-from kvloom.outputs import RequestOutput
+from kvloom.outputs import Logprob, RequestOutput
 from kvloom.params import SamplingParams, field_names
 
 OPTIONS = ("max_tokens", "temperature", "top_p", "min_p", "top_k", "seed", "n", "logprobs", "stop")
@@ -25,7 +26,7 @@ def generate(arguments: argparse.Namespace) -> int:
     """Print the completion as it comes; several completions, or JSON, when they are done."""
     prompt = _prompt(arguments)
     changes = _sampling(arguments)
-    SamplingParams(**changes)  # a mistake is known before the model is loaded
+    SamplingParams(**{"max_tokens": None} | changes)  # a mistake is known before the model is loaded, which may bring defaults
     with quiet_logs(not arguments.debug), _open(arguments) as llm:
         params = dataclasses.replace(llm.get_default_sampling_params(), **changes)
         streams = params.num_sequences == 1 and not arguments.json
@@ -43,7 +44,10 @@ def generate(arguments: argparse.Namespace) -> int:
 
 
 def _open(arguments: argparse.Namespace) -> LLM:
-    values = read_values("--set", arguments.set) | {"model": arguments.model}
+    values = read_values("--set", arguments.set)
+    if "model" in values:
+        raise ConfigError("--set model=...: MODEL is given as an argument")
+    values["model"] = arguments.model
     return LLM.from_config(arguments.file, **values) if arguments.file else LLM(**values)
 
 
@@ -70,7 +74,10 @@ def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     for name in given:
         if name not in field_names():
             raise ConfigError(f"--param {name}: SamplingParams has no such field{did_you_mean(name, field_names())}")
-    return given | {name: getattr(arguments, name) for name in OPTIONS if getattr(arguments, name) is not None}
+    options = {name: getattr(arguments, name) for name in OPTIONS if getattr(arguments, name) is not None}
+    for name in options.keys() & given.keys():
+        raise ConfigError(f"--param {name} and --{name.replace('_', '-')} mean the same; give one of them")
+    return given | options
 
 
 def _as_json(output: RequestOutput) -> dict[str, Any]:
@@ -80,10 +87,15 @@ def _as_json(output: RequestOutput) -> dict[str, Any]:
         "prompt": output.prompt, "prompt_token_ids": output.prompt_token_ids,
         "outputs": [{"index": c.index, "text": c.text, "token_ids": list(c.token_ids), "finish_reason": c.finish_reason,
                      "stop_reason": c.stop_reason, "cumulative_logprob": c.cumulative_logprob,
-                     "logprobs": c.logprobs and [{i: dataclasses.asdict(p) for i, p in token.items()} for token in c.logprobs]}
+                     "logprobs": c.logprobs and [{i: _logprob(p) for i, p in token.items()} for token in c.logprobs]}
                     for c in output.outputs],
         "metrics": {**dataclasses.asdict(metrics), "time_in_prefill": metrics.time_in_prefill},
     }
+
+
+def _logprob(candidate: Logprob) -> dict[str, Any]:
+    """JSON has no infinity: a token that cannot come has no number."""
+    return {**dataclasses.asdict(candidate), "logprob": candidate.logprob if math.isfinite(candidate.logprob) else None}
 
 
 def _summary(output: RequestOutput) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvloom.core.admission import check_prompt_length
 from kvloom.core.block_pool import BlockPool
 from kvloom.core.engine import Engine, StepObserver
 from kvloom.core.kv_blocks import BlockTable, KVBlocks
@@ -25,5 +26,6 @@ __all__ = [
     "SchedulerLimits",
     "StepObserver",
     "StopRule",
+    "check_prompt_length",
     "root_digest",
 ]

@@ -26,14 +26,7 @@ class Admission:
             RequestValidationError: an empty or over-long prompt, or more blocks than there are.
         """
         prompt_tokens = len(spec.prompt_token_ids)
-        if not prompt_tokens:
-            raise RequestValidationError("The prompt cannot be empty.", "prompt_token_ids", [])
-        if prompt_tokens >= self._limits.max_model_len:
-            raise RequestValidationError(
-                f"The prompt has {prompt_tokens} tokens, which with at least one output token is longer than the maximum model "
-                f"length of {self._limits.max_model_len}; shorten the prompt or raise max_model_len.",
-                "prompt_token_ids", prompt_tokens,
-            )
+        check_prompt_length(prompt_tokens, self._limits.max_model_len)
         stop = StopRule.of(spec.sampling, prompt_tokens, self._limits.max_model_len, spec.eos_token_id, spec.extra_eos_token_ids)
         if spec.sampling.min_tokens > stop.end_tokens - prompt_tokens:
             raise RequestValidationError(
@@ -65,6 +58,16 @@ class Admission:
             "(kv_cache_memory, gpu_memory_utilization or num_gpu_blocks_override).",
             "max_tokens", end_tokens - prompt_tokens,
         )
+
+
+def check_prompt_length(prompt_tokens: int, max_model_len: int) -> None:
+    """Raises `RequestValidationError` for a prompt without tokens, or one that leaves no room for an output token."""
+    if not prompt_tokens:
+        raise RequestValidationError("The prompt cannot be empty.", "prompt_token_ids", [])
+    if prompt_tokens >= max_model_len:
+        raise RequestValidationError(
+            f"The prompt has {prompt_tokens} tokens, which with at least one output token is longer than the maximum model "
+            f"length of {max_model_len}; shorten the prompt or raise max_model_len.", "prompt_token_ids", prompt_tokens)
 
 
 def _name(group: KVGroup) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -32,6 +33,7 @@ class Engine:
         self._executor = executor
         self._observers = list(observers)
         self._in_flight: deque[tuple[Step, float]] = deque()
+        self._interrupted: list[Request] = []  # they ended when a step was interrupted, and nobody heard of it yet
 
     @property
     def has_work(self) -> bool:
@@ -49,6 +51,11 @@ class Engine:
     def abort(self, sequence_id: int) -> None:
         """Forget a request; unknown and ended ones are left alone."""
         self.scheduler.finish(sequence_id, "abort")
+
+    def take_interrupted(self) -> list[Request]:
+        """Requests that ended because `step` was interrupted (Ctrl-C) and that it could not return."""
+        ended, self._interrupted = self._interrupted, []
+        return ended
 
     def step(self) -> list[Request]:
         """Keep the executor busy and commit the oldest step. Returns the requests that got tokens or ended."""
@@ -81,6 +88,7 @@ class Engine:
                 return self.scheduler.fail(step, error)
             get_logger().warning("step raised; its requests run again one by one", step=step.step_id, requests=len(step.ranges),
                                  error=f"{type(error).__name__}: {error}")
+            _let_go(error)
             result = self._run_singly(step, causes)
         try:
             return self.scheduler.commit(step, result, causes)
@@ -94,6 +102,7 @@ class Engine:
             try:
                 rows += self._executor.collect().rows
             except Exception as error:  # noqa: BLE001  (see `_finish`)
+                _let_go(error)
                 causes[r.sequence_id] = error
                 rows.append(RowResult(r.sequence_id, error=RowError(type(error).__name__, str(error))))
         return StepResult(step.step_id, tuple(rows))
@@ -105,7 +114,7 @@ class Engine:
         except BaseException as error:
             if part_of is not None:
                 self._in_flight.popleft()
-            self.scheduler.fail(part_of or step, error)
+            self._interrupted += self.scheduler.fail(part_of or step, error)
             raise
 
     def _idle(self) -> list[Request]:
@@ -129,3 +138,11 @@ class Engine:
                 self._observers.remove(observer)
                 get_logger().warning("step observer failed and is switched off", observer=repr(observer), error=repr(error),
                                      exc_info=error)
+
+
+def _let_go(error: BaseException) -> None:
+    """Whoever keeps an error must not keep the tensors of the step that raised it, which its frames refer to."""
+    seen: BaseException | None = error
+    while seen is not None:
+        traceback.clear_frames(seen.__traceback__)
+        seen = seen.__cause__ or seen.__context__

@@ -18,7 +18,7 @@ class SchedulerLimits:
         long_prefill_token_threshold: most tokens of one request in one step; 0 sets no such bound.
         enable_chunked_prefill: False schedules a prompt whole or not at all, and the threshold has no effect.
         enable_prefix_caching: False keeps no block for later requests.
-        chunkable: `Model.chunkable`; False also means that a prompt is never taken from the prefix cache.
+        chunkable: `Model.chunkable`; False also means that requests never take prompts of others from the prefix cache.
 
     Raises:
         ConfigError: a number is below 1 (the threshold: below 0), or prompts that may not be cut do not fit the budget.

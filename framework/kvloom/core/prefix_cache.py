@@ -21,7 +21,7 @@ ALL_BLOCKS = 2**62
 
 def root_digest(model_revision: str, adapter: str = "", cache_salt: str = "", media: Sequence[str] = ()) -> bytes:
     """What besides tokens decides the content of blocks; parts are prefixed with their length, so none can pose as another."""
-    parts = [part.encode() for part in (model_revision, adapter, cache_salt, *media)]
+    parts = [part.encode("utf-8", "surrogatepass") for part in (model_revision, adapter, cache_salt, *media)]
     return sha256(b"".join(struct.pack("<q", len(part)) + part for part in parts)).digest()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,20 @@ class Tokenizer(ABC):
         return frozenset()
 
     @property
-    @abstractmethod
-    def chat_template(self) -> str | None:
-        """The model's own Jinja template, unrendered; None when it has none."""
+    def chat_templates(self) -> Mapping[str, str]:
+        """The model's own Jinja templates, unrendered, by name. One that serves everything is called "default", one for calls with
+        tools may be "tool_use". Empty, as here, where there is none."""
+        return {}
+
+    @property
+    def chat_template_places(self) -> Sequence[str]:
+        """Files in which templates were looked for, for the message that there is none."""
+        return ()
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """What templates may write by name: ``bos_token``, ``eos_token``, ... -> the token's text."""
+        return {}
 
     @abstractmethod
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:

@@ -78,18 +78,20 @@ class BatchState:
         self.prompt_tokens = np.zeros(max_num_seqs, np.int64)
         self.params: list[SamplingParams | None] = [None] * max_num_seqs
         self.processors = [NO_PROCESSORS] * max_num_seqs
-        self._last_step_id = -1
+        self._step_id, self._is_taken_over = -1, True
         self._appended: set[int] = set()  # sequences whose new blocks of this step were taken over
 
     def apply(self, step: Step) -> None:
         """Take over a step's deltas, once however often it comes: who left, who came, which blocks its ranges append."""
-        if step.step_id != self._last_step_id:
-            self._last_step_id = step.step_id
+        if step.step_id != self._step_id:
+            self._step_id, self._is_taken_over = step.step_id, False
             self._appended.clear()
+        if not self._is_taken_over:  # what raises half way is done again from its beginning: each part may be repeated
             for sequence_id in (*step.finished, *step.preempted):
                 self._forget(sequence_id)
             for new in (*step.new, *step.resumed):
                 self._add(new)
+            self._is_taken_over = True
         for r in step.ranges:
             if r.new_blocks and r.sequence_id not in self._appended:
                 self._appended.add(r.sequence_id)
@@ -98,6 +100,7 @@ class BatchState:
     def _forget(self, sequence_id: int) -> None:
         row = self._row_of.pop(sequence_id, None)
         if row is not None:
+            self.params[row], self.processors[row] = None, NO_PROCESSORS  # they may hold a caller's functions
             self._free_rows.append(row)
 
     def _add(self, new: NewSequence) -> None:
@@ -119,7 +122,7 @@ class BatchState:
         self.seeds[row] = new.seed
         self.sample_indices[row] = new.sample_index
         self.num_candidates[row] = -1 if new.sampling is None else new.sampling.num_candidates
-        prompt_logprobs = None if new.sampling is None else new.sampling.prompt_logprobs
+        prompt_logprobs = None if new.sampling is None or new.sample_index else new.sampling.prompt_logprobs  # the leader's serve all
         self.num_prompt_candidates[row] = -1 if prompt_logprobs is None else prompt_logprobs
         self.prompt_tokens[row] = new.prompt_tokens
 

@@ -73,7 +73,7 @@ class LogitsPipeline:
         asked: dict[str, Any] = {}
         for i, (name, _, _, config) in enumerate(self._processors):
             if config is not None:
-                parameters = _checked(name, config, named.pop(name)).model_dump(mode="json") if name in named else None
+                parameters = self._named_parameters(i, config, named.pop(name)) if name in named else None
             else:
                 parameters = self._own_parameters(i, params, tokenizer)
             if parameters is not None and not (params.is_greedy and i in self._only_random):  # those cannot change which is best
@@ -81,6 +81,14 @@ class LogitsPipeline:
         if named:
             raise self._unknown(next(iter(named)))
         return tuple(asked.items())
+
+    def _named_parameters(self, index: int, config: type[BaseModel], given: Any) -> dict[str, Any]:
+        try:
+            return _checked(self._processors[index].name, config, given).model_dump(mode="json")
+        except RequestError:
+            raise
+        except Exception as error:
+            raise self._failure(index, f"raised {type(error).__name__}: {error}") from error
 
     def _own_parameters(self, index: int, params: SamplingParams, tokenizer: Tokenizer | None) -> Any | None:
         try:

@@ -13,6 +13,8 @@ from kvloom.interfaces import Tokenizer
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 
+CHAT_TEMPLATE_FILES = ("chat_template.jinja", "additional_chat_templates/*.jinja", "tokenizer_config.json")
+
 
 class AutoTokenizer(Tokenizer):
     """The implementation that the library has for the files: fast (Rust) for nearly all, Python for a few old models.
@@ -30,6 +32,7 @@ class AutoTokenizer(Tokenizer):
             raise ModelError(f"no tokenizer can be loaded from {directory} (looked for {', '.join(FILES)}; found {found}): "
                              f"{type(error).__name__}: {reason}. Give tokenizer=..., or skip_tokenizer_init=True and token "
                              "prompts") from error
+        self._directory = directory
         vocabulary = self._hf.get_vocab()
         self._vocab_size = max(vocabulary.values(), default=-1) + 1
         self._gaps = frozenset(range(self._vocab_size)).difference(vocabulary.values())
@@ -83,10 +86,22 @@ class AutoTokenizer(Tokenizer):
         return self._bytes
 
     @property
-    def chat_template(self) -> str | None:
-        """See `Tokenizer.chat_template`."""
-        template = self._hf.chat_template
-        return template if isinstance(template, str) else None
+    def chat_templates(self) -> Mapping[str, str]:
+        """See `Tokenizer.chat_templates`."""
+        found = self._hf.chat_template
+        if isinstance(found, str):
+            return {"default": found}
+        return dict(found) if isinstance(found, dict) else {}
+
+    @property
+    def chat_template_places(self) -> Sequence[str]:
+        """See `Tokenizer.chat_template_places`."""
+        return tuple(str(self._directory / name) for name in CHAT_TEMPLATE_FILES)
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """See `Tokenizer.special_tokens`."""
+        return {name: str(token) for name, token in self._hf.special_tokens_map.items() if isinstance(token, str)}
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """See `Tokenizer.encode`."""
