@@ -16,7 +16,7 @@ from kvloom.outputs import RequestOutput
 from kvloom.param_checks import check_int
 from kvloom.params import SamplingParams
 from kvloom.progress import Progress
-from kvloom.prompts import legacy_prompts, split_prompts
+from kvloom.prompts import LazyPrompt, legacy_prompts, split_prompts
 from kvloom.request_arguments import OnError, check_on_error, one_each, pair_up, priorities_each
 from kvloom.running import RunningEngine
 from kvloom.start_report import PhaseTimer
@@ -222,7 +222,7 @@ class LLM:
         if dry_run:
             return [engine.chat.render(c, options) for c in conversations]
         params = one_each(len(conversations), sampling_params, engine.defaults)
-        items = [functools.partial(engine.chat.prompt, c, options) for c in conversations]
+        items = [LazyPrompt(functools.partial(engine.chat.prompt, c, options)) for c in conversations]
         return self._run(engine, items, params, priorities_each(len(items), priority), use_tqdm, on_error)
 
     def _prompts(self, prompts: Any, prompt_token_ids: Any) -> list[Any]:

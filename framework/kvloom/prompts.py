@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict
 
@@ -42,6 +42,13 @@ class ParsedPrompt:
     cache_salt: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class LazyPrompt:
+    """A prompt that is made when its request is admitted, so that what goes wrong then is that request's failure."""
+
+    make: Callable[[], ParsedPrompt]
+
+
 def split_prompts(prompts: Any) -> list[Any]:
     """One item a prompt, each still in any form: see `FORMS`.
 
@@ -58,13 +65,15 @@ def split_prompts(prompts: Any) -> list[Any]:
 
 
 def parse_prompt(prompt: Any) -> ParsedPrompt:
-    """A single prompt.
+    """A single prompt; of a `LazyPrompt` what it makes, and what that raises.
 
     Raises:
         RequestTypeError: none of the forms, or one for encoder-decoder models.
         RequestValidationError: a prompt without tokens.
         UnsupportedFeatureError: a key of a later feature.
     """
+    if isinstance(prompt, LazyPrompt):
+        return prompt.make()
     if isinstance(prompt, str):
         return ParsedPrompt(_text(prompt), None)
     if isinstance(prompt, Mapping):

@@ -115,8 +115,7 @@ class RunningEngine:
 
         Args:
             call: gets the outputs.
-            prompts: in any form that `parse_prompt` takes, or functions that give a `ParsedPrompt` (what they raise is their
-                request's refusal).
+            prompts: in any form that `parse_prompt` takes.
             return_errors: a prompt that cannot be served becomes an output with the error, and the others are queued.
             on_text: told of new text as it comes; what it raises, `step` raises.
             first_place: place of the first prompt in the call.
@@ -143,7 +142,7 @@ class RunningEngine:
     def _read_prompt(self, live: LiveRequest, prompt: Any, params: SamplingParams, number: int, priority: int) -> list[RequestSpec]:
         """A request's sequences, with their texts. Whatever goes wrong here is this request's failure, as a `RequestError`."""
         try:
-            parsed = prompt() if callable(prompt) else parse_prompt(prompt)
+            parsed = parse_prompt(prompt)
             live.prompt = parsed.text
             specs = self._checked(parsed, params, number, priority)
             live.texts = [self._text(spec, live) for spec in specs]

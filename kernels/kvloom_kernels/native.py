@@ -27,6 +27,7 @@ SIGNATURES = {
     "kvloom_has_linear": (),
     "kvloom_linear": (_P, _P, _P, _P, _I, _I, _I, _B),
     "kvloom_top_p": (_P, _P, _I, _I, _B),
+    "kvloom_best": (_P, _P, _P, _I, _I, _B),
     "kvloom_draw": (_P, _P, _P, _P, _I, _I, _B),
     "kvloom_token_logprobs": (_P, _I, _P, _I, _P, _P, _P, _I, _I, _B, _B),
     "kvloom_rms_norm": (_P, _P, _P, _P, _P, _I, _I, _F, _B, _B),

@@ -38,6 +38,21 @@ def top_p(logits: Tensor, p: Tensor) -> Tensor:
     return logits
 
 
+def best_reference(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """``[r, V]`` float32 -> value and index of the first of each row's largest; a row with NaN has the value NaN."""
+    value, index = logits.max(dim=-1)
+    return value, index
+
+
+def best(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """See `best_reference`; the index of a row with NaN means nothing."""
+    if not (logits.dtype is torch.float32 and logits.is_contiguous() and is_native(logits)):
+        return best_reference(logits)
+    value, index = torch.empty(logits.shape[0]), torch.empty(logits.shape[0], dtype=torch.int64)
+    library().kvloom_best(pointer(logits), pointer(value), pointer(index), logits.shape[0], logits.shape[1], torch.get_num_threads())
+    return value, index
+
+
 def draw_reference(logits: Tensor, best: Tensor, uniform: Tensor) -> Tensor:
     """Inverse of the cumulative distribution: the first token whose cumulative weight exceeds ``uniform`` of the total.
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kvloom_kernels.native import problem
 from kvloom_kernels.sampling import (
     LIST_LIMIT,
+    best,
     draw,
     draw_reference,
     token_logprobs,
@@ -174,3 +175,31 @@ def test_what_would_read_out_of_bounds_is_refused(function) -> None:
             function(logits, token_ids, k)
     with pytest.raises(ValueError, match="are needed"):
         function(logits[0], ids, 1)
+
+
+@given(row=LOGITS, repeats=st.integers(1, 3))
+def test_the_best_is_the_first_of_the_largest(row: list, repeats: int) -> None:
+    logits = torch.tensor([row * repeats, row[::-1] * repeats])
+    value, index = best(logits)
+    expected = logits.max(dim=-1).values
+    assert torch.equal(value, expected)
+    assert index.tolist() == [(logits[i] == expected[i]).nonzero()[0].item() for i in range(2)]
+
+
+@pytest.mark.parametrize("place", [0, 17, 299])
+def test_a_row_with_nan_has_no_best(place: int) -> None:
+    logits = torch.randn(2, 300, generator=torch.Generator().manual_seed(0))
+    logits[1, place] = torch.nan
+    value, index = best(logits)
+    assert torch.isfinite(value).tolist() == [True, False]
+    assert 0 <= int(index[1]) < 300
+
+
+@pytest.mark.parametrize("kind", ["equal", "two values", "steps"])
+@pytest.mark.parametrize("p", [1e-6, 0.3, 0.95, 1 - 1e-6])
+def test_top_p_over_long_rows_of_few_values(kind: str, p: float) -> None:
+    size = 50_000
+    row = {"equal": torch.zeros(size), "two values": torch.arange(size) % 2 * 1.0, "steps": (torch.arange(size) % 50) * -0.5}[kind]
+    kept = torch.isfinite(top_p(row[None].clone(), torch.tensor([p]))[0])
+    expected = torch.isfinite(top_p_reference(row[None].clone(), torch.tensor([p]))[0])
+    assert torch.equal(kept, expected)

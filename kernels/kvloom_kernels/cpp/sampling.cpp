@@ -10,8 +10,7 @@ namespace {
 typedef double f64x16 __attribute__((vector_size(128)));
 
 constexpr int BLOCK = 256;  // elements whose weights are summed before the running total moves on; skipped when none is large enough
-constexpr int DIGITS = 11;  // bits of a key that are looked at in one pass; three passes see all 32
-constexpr int BUCKETS = 1 << DIGITS;
+constexpr int CUTS = 8;     // thresholds that one pass over a row compares with
 const f32x16 LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // The first n lanes; the others are minus infinity.
@@ -49,63 +48,115 @@ inline float logit_of(uint32_t key) {
     return out;
 }
 
-// The keys of a row, and its largest logit: NaN if there is one. Integers, because compilers vectorize their minimum everywhere.
-float keys_and_largest(const float* x, int64_t size, uint32_t* keys) {
+// NaN if there is one. Integers, because compilers vectorize their minimum everywhere.
+float largest_or_nan(const float* x, int64_t size) {
     uint32_t smallest = UINT32_MAX;
     int nan = 0;
     for (int64_t i = 0; i < size; i++) {
-        keys[i] = key_of(x[i]);
-        smallest = keys[i] < smallest ? keys[i] : smallest;
+        uint32_t key = key_of(x[i]);
+        smallest = key < smallest ? key : smallest;
         nan |= x[i] != x[i];
     }
     return nan ? NAN : logit_of(smallest);
 }
 
-// The smallest logit that is kept: that of the token with which the mass of the best tokens reaches `wanted`. NaN if a logit is.
-float top_p_threshold(const float* x, int64_t size, float wanted) {
-    std::vector<float> mass(size + LANES);
-    std::vector<uint32_t> keys(size);
-    float best = keys_and_largest(x, size, keys.data());
+inline bool any(i32x16 lanes) {
+    uint64_t parts[8], all = 0;
+    std::memcpy(parts, &lanes, sizeof parts);
+    for (uint64_t part : parts) all |= part;
+    return all != 0;
+}
+
+// sums[k]: of the masses that are at least cuts[k]. `mass` is padded with zeros to whole vectors.
+void sums_from(const float* mass, int64_t size, const float* cuts, double* sums) {
+    f64x16 totals[CUTS] = {};
+    for (int64_t block = 0; block < size; block += BLOCK * 4) {  // few enough for sums in float32
+        f32x16 part[CUTS] = {};
+        for (int64_t i = block; i < size && i < block + BLOCK * 4; i += LANES) {
+            f32x16 m = load<float>(mass + i);
+            for (int k = 0; k < CUTS; k++) part[k] += (f32x16)((i32x16)m & (m >= cuts[k]));
+        }
+        for (int k = 0; k < CUTS; k++) totals[k] += __builtin_convertvector(part[k], f64x16);
+    }
+    for (int k = 0; k < CUTS; k++) {
+        sums[k] = 0;
+        for (int i = 0; i < LANES; i++) sums[k] += totals[k][i];
+    }
+}
+
+// Largest masses first, their sum reaches `wanted` in [low, high); `above` is the sum of those that are at least `high`.
+struct Reached {
+    float low = 0, high = 2;  // the best has mass 1
+    double above = 0;
+
+    // Look at CUTS masses below `from`, each `ratio` times the one before; whether one of them is low enough.
+    bool narrow(const float* mass, int64_t size, double wanted, float from, float ratio) {
+        float cuts[CUTS];
+        double sums[CUTS];
+        for (int k = 0; k < CUTS; k++) cuts[k] = from *= ratio;
+        sums_from(mass, size, cuts, sums);
+        for (int k = 0; k < CUTS; k++) {
+            if (sums[k] >= wanted) {
+                low = cuts[k];
+                return true;
+            }
+            high = cuts[k], above = sums[k];
+        }
+        return false;
+    }
+};
+
+struct Item {
+    uint32_t key;
+    float mass;
+};
+
+// The key with which the masses of the smallest keys reach `missing`: quickselect by weight.
+uint32_t key_that_reaches(std::vector<Item>& items, double missing) {
+    auto first = items.begin(), last = items.end();
+    while (true) {
+        uint32_t a = first->key, b = (first + (last - first) / 2)->key, c = (last - 1)->key;
+        uint32_t pivot = std::max(std::min(a, b), std::min(std::max(a, b), c));
+        auto equal = std::partition(first, last, [=](const Item& i) { return i.key < pivot; });
+        auto larger = std::partition(equal, last, [=](const Item& i) { return i.key == pivot; });
+        double less = 0, same = 0;
+        for (auto i = first; i != equal; i++) less += i->mass;
+        for (auto i = equal; i != larger; i++) same += i->mass;
+        if (equal != first && less >= missing) last = equal;
+        else if (less + same >= missing || larger == last) return pivot;
+        else missing -= less + same, first = larger;
+    }
+}
+
+// The smallest logit that is kept: that of the token with which the mass of the best tokens reaches `share`. NaN if a logit is.
+// Passes over the masses, eight cuts each, leave few elements to choose among.
+float top_p_threshold(const float* x, int64_t size, float share) {
+    static thread_local std::vector<float> mass;  // kept: fresh memory of this size costs as much as a pass over it
+    mass.resize(std::max<size_t>(mass.size(), size + LANES));
+    float best = largest_or_nan(x, size);
     double total = 0;
     for (int64_t i = 0; i < size; i += LANES) {
-        int n = int(size - i < LANES ? size - i : LANES);
-        f32x16 w = weights(x + i, n, best);
+        f32x16 w = weights(x + i, int(std::min<int64_t>(LANES, size - i)), best);
         store<float>(&mass[i], w);
         total += sum(w);
     }
     if (!(total > 0)) return best;  // nothing is allowed, or the row is broken: the sampler says so
-    double missing = wanted * total;
-    std::vector<int32_t> alive;  // elements that share all digits chosen so far
-    uint32_t chosen = 0;
-    for (int shift = 32 - DIGITS, level = 0; level < 3; level++, shift = std::max(0, shift - DIGITS)) {
-        double bucket[BUCKETS] = {};
-        if (level == 0)
-            for (int64_t i = 0; i < size; i++) bucket[keys[i] >> shift] += mass[i];
-        else
-            for (int32_t i : alive) bucket[(keys[i] >> shift) & (BUCKETS - 1)] += mass[i];
-        int last = -1, b = 0;
-        for (; b < BUCKETS; b++) {
-            if (bucket[b] > 0) last = b;
-            if (bucket[b] >= missing && bucket[b] > 0) break;
-            missing -= bucket[b];
-        }
-        if (b == BUCKETS) b = last < 0 ? BUCKETS - 1 : last;  // rounding: everything is kept
-        std::vector<int32_t> next;
-        if (level == 0) {
-            for (int64_t i = 0; i < size; i++)
-                if (int(keys[i] >> shift) == b) next.push_back(int32_t(i));
-        } else {
-            for (int32_t i : alive)
-                if (int((keys[i] >> shift) & (BUCKETS - 1)) == b) next.push_back(i);
-        }
-        alive.swap(next);
-        chosen = keys[alive[0]];
-        if (alive.size() == 1) break;
+    double wanted = share * total;
+    Reached range;
+    bool found = false;
+    for (float from = 1; !found && from > 1e-37f; from = range.high) found = range.narrow(mass.data(), size, wanted, from, 0.25f);
+    if (found)
+        for (int round = 0; round < 2; round++)
+            range.narrow(mass.data(), size, wanted, std::min(range.high, 1.0f), std::pow(range.low / std::min(range.high, 1.0f), 1.0f / CUTS));
+    std::vector<Item> items;
+    for (int64_t i = 0; i < size; i += LANES) {
+        f32x16 m = load<float>(&mass[i]);
+        i32x16 chosen = (m >= range.low) & (m < range.high) & (m > 0.0f);
+        if (!any(chosen)) continue;  // few are: one branch for all lanes is predictable
+        for (int j = 0; j < LANES; j++)
+            if (chosen[j]) items.push_back({key_of(x[i + j]), m[j]});
     }
-    for (int32_t i : alive) chosen = std::max(chosen, keys[i]);
-    for (int32_t i : alive)
-        if (keys[i] == chosen) return x[i];
-    return best;
+    return items.empty() ? best : logit_of(key_that_reaches(items, wanted - range.above));
 }
 
 // NaN is passed over.
@@ -231,6 +282,18 @@ extern "C" void kvloom_top_p(float* logits, const float* p, int64_t rows, int64_
         float* x = logits + r * size;
         float threshold = top_p_threshold(x, size, p[r]);
         for (int64_t i = 0; i < size; i++) x[i] = x[i] < threshold ? -INFINITY : x[i];
+    }
+}
+
+// The largest of each row and where it stands first; a row with NaN has NaN.
+extern "C" void kvloom_best(const float* logits, float* best, int64_t* out, int64_t rows, int64_t size, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t r = 0; r < rows; r++) {
+        const float* x = logits + r * size;
+        best[r] = largest_or_nan(x, size);
+        int64_t i = 0;
+        while (i < size && x[i] != best[r]) i++;
+        out[r] = i < size ? i : 0;
     }
 }
 
