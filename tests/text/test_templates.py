@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -46,7 +47,7 @@ def test_loops_recursion_and_huge_strings_are_stopped_and_the_next_template_work
 
 
 @pytest.mark.parametrize("template", [
-    "{{ ''.__class__ }}", "{{ x.__init__.__globals__ }}", "{{ cycler.__init__.__globals__.os }}", "{{ self.__init__ }}", "{{ x.append(1) }}",
+    "{{ ''.__class__.__mro__ }}", "{{ x.__init__.__globals__ }}", "{{ cycler.__init__.__globals__.os }}", "{{ self.__init__.__globals__ }}", "{{ x.append(1) }}",
     "{% for %}", "{{ raise_exception('not like this') }}", "{% include 'x' %}", "{% import 'os' as os %}", "{{ nothing.at.all }}", "{{ 1 / 0 }}",
 ])
 def test_what_templates_may_not_do_is_refused(renderer: TemplateRenderer, template: str) -> None:
@@ -55,6 +56,11 @@ def test_what_templates_may_not_do_is_refused(renderer: TemplateRenderer, templa
     assert caught.value.parameter == "chat_template"
     if "raise_exception" in template:
         assert "not like this" in str(caught.value)
+
+
+@pytest.mark.parametrize("template", ["{{ ''.__class__ }}", "{{ self.__init__ }}", "{{ x.__doc__ }}"])
+def test_what_templates_may_not_see_is_nothing(renderer: TemplateRenderer, template: str) -> None:
+    assert renderer.render(template, {"x": [1]}) == ""
 
 
 @pytest.mark.parametrize("value", [float("nan"), object(), {1: {2}}, b"x"])
@@ -70,7 +76,7 @@ def test_large_texts_pass_both_ways(renderer: TemplateRenderer) -> None:
 
 def children() -> set[int]:
     tasks = f"/proc/{os.getpid()}/task"
-    return {int(child) for task in os.listdir(tasks) for child in open(f"{tasks}/{task}/children").read().split()}
+    return {int(child) for task in os.listdir(tasks) for child in Path(f"{tasks}/{task}/children").read_text().split()}
 
 
 @pytest.mark.skipif(not os.path.exists(f"/proc/{os.getpid()}/task/{threading.get_native_id()}/children"), reason="needs Linux's list of child processes")

@@ -26,6 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake, and what is logged while starting")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_generate(commands.add_parser("generate", help="complete a prompt; streams"))
+    _add_render(commands.add_parser("render", help="text and token ids that a model's chat template makes of messages"))
     demo = commands.add_parser("demo", help="the small model that comes with kvloom tells a story and answers questions")
     demo.add_argument("--seed", type=int, help="another story: sampled instead of the likeliest words")
     demo.set_defaults(run=_lazy("kvloom.cli.demo", "demo"))
@@ -56,6 +57,18 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object when all is done, instead of streaming text")
     _add_settings(parser)
     parser.set_defaults(run=_lazy("kvloom.cli.generate", "generate"))
+
+
+def _add_render(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="directory or hub id; only its tokenizer is read")
+    parser.add_argument("text", metavar="TEXT", nargs="?", help="one user message")
+    parser.add_argument("--messages", metavar="FILE", help="a JSON list of messages")
+    parser.add_argument("--tools", metavar="FILE", help="a JSON list of tools")
+    parser.add_argument("--chat-template", metavar="JINJA", help="text or file, instead of the model's own")
+    parser.add_argument("--continue-final-message", action="store_true", help="end with the last message instead of beginning the answer")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    _add_settings(parser)
+    parser.set_defaults(run=_lazy("kvloom.cli.render", "render"))
 
 
 def _add_plugins(parser: argparse.ArgumentParser) -> None:
