@@ -65,7 +65,7 @@ def _add_render(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--messages", metavar="FILE", help="a JSON list of messages")
     parser.add_argument("--tools", metavar="FILE", help="a JSON list of tools")
     parser.add_argument("--chat-template", metavar="JINJA", help="text or file, instead of the model's own")
-    parser.add_argument("--continue-final-message", action="store_true", help="end with the last message instead of beginning the answer")
+    parser.add_argument("--continue-final-message", action="store_true", help="end with the last message, do not begin the answer")
     parser.add_argument("--json", action="store_true", help="as JSON")
     _add_settings(parser)
     parser.set_defaults(run=_lazy("kvloom.cli.render", "render"))
