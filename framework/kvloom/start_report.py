@@ -11,19 +11,19 @@ from kvloom.logs import get_logger
 
 
 class PhaseTimer:
-    """Wall-clock seconds of named phases, from when it was made."""
+    """Wall-clock seconds of named phases, from when it was made. What lies between two of them belongs to the later one."""
 
     def __init__(self) -> None:
         self.phases: list[tuple[str, float]] = []
-        self._began_s = time.perf_counter()
+        self._began_s = self._ended_s = time.perf_counter()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[list[tuple[str, float]]]:
         """Time a block. Parts of it that were timed elsewhere are given to the list: they are listed before it, and it is the rest."""
-        started_s = time.perf_counter()
         parts: list[tuple[str, float]] = []
         yield parts
-        whole_s = time.perf_counter() - started_s
+        started_s, self._ended_s = self._ended_s, time.perf_counter()
+        whole_s = self._ended_s - started_s
         self.phases += [*parts, (name, whole_s - sum(seconds for _, seconds in parts))]
 
     @property

@@ -16,7 +16,7 @@ from kvloom.text.templates import TemplateRenderer
 
 @pytest.fixture(scope="module")
 def renderer() -> Iterator[TemplateRenderer]:
-    made = TemplateRenderer(time_limit_s=1.0, memory_limit_bytes=256 * 2**20, max_characters=10**6)
+    made = TemplateRenderer(time_limit_s=3.0, memory_limit_bytes=256 * 2**20, max_characters=10**6)
     yield made
     made.close()
 
@@ -32,7 +32,7 @@ def test_what_templates_of_this_format_use_works(renderer: TemplateRenderer, tem
 
 
 @pytest.mark.parametrize(("template", "message"), [
-    ("{% for i in range(100000) %}{% for j in range(100000) %}{% set x = 1 %}{% endfor %}{% endfor %}", "took longer than 1 s"),
+    ("{% for i in range(100000) %}{% for j in range(100000) %}{% set x = 1 %}{% endfor %}{% endfor %}", "took longer than 3 s"),
     ("{% for i in range(100000) %}{% for j in range(100000) %}xxxxxxxxxx{% endfor %}{% endfor %}", "more than 1000000 characters"),
     ("{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", "recursion"), ("{{ 'x' * 10000000000 }}", "too much memory"),
     ("{{ 'x' | center(10000000000) }}", "too much memory"), ("{{ '%10000000000d' % 1 }}", "too much memory"), ("{{ '{:>10000000000}'.format(1) }}", ""),
