@@ -6,6 +6,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, ParamSpec, Self, TypeVar
 
@@ -225,6 +226,17 @@ class LLM:
         items = [LazyPrompt(functools.partial(engine.chat.prompt, c, options)) for c in conversations]
         return self._run(engine, items, params, priorities_each(len(items), priority), use_tqdm, on_error)
 
+    @classmethod
+    @contextmanager
+    def deprecate_legacy_api(cls) -> Iterator[None]:
+        """A block in which arguments of older versions warn, whatever `DEPRECATE_LEGACY` says."""
+        before = cls.DEPRECATE_LEGACY
+        cls.DEPRECATE_LEGACY = True
+        try:
+            yield
+        finally:
+            cls.DEPRECATE_LEGACY = before
+
     def _prompts(self, prompts: Any, prompt_token_ids: Any) -> list[Any]:
         """One item a prompt, from today's or yesterday's arguments."""
         if prompt_token_ids is None:
@@ -243,6 +255,16 @@ class LLM:
     def get_tokenizer(self) -> Any:
         """The tokenizer library's own object."""
         return self.llm_engine.rules.need_tokenizer("get_tokenizer()").underlying
+
+    def collective_rpc(self, method: str | Callable[..., R], timeout: float | None = None, args: Sequence[Any] = (),
+                       kwargs: Mapping[str, Any] | None = None) -> list[R]:
+        """Call a worker's method by name, or a function with the worker as its first argument; one result a worker, by rank.
+
+        Raises:
+            AttributeError: workers have no such method.
+            UnsupportedFeatureError: a timeout, with an executor that cannot interrupt a call (workers in this process).
+        """
+        return self.llm_engine.executor.call(method, timeout, args, kwargs)
 
     def apply_model(self, function: Callable[[Any], R]) -> list[R]:
         """Call `function` with the torch module on every worker, in process; one result a worker."""
