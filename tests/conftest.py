@@ -41,6 +41,22 @@ def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "small")
 
 
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For tests/api: a random Llama whose greedy output does not repeat itself."""
+    from api_helpers import lively_checkpoint
+
+    return lively_checkpoint(tmp_path_factory.mktemp("lively") / "m")
+
+
+@pytest.fixture(scope="module")
+def truth(checkpoint: Path):
+    """For tests/api: transformers' model of the same checkpoint."""
+    from api_helpers import Truth
+
+    return Truth(checkpoint)
+
+
 def load_script(name: str) -> ModuleType:
     """A module of ``scripts/``, which is no package."""
     spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")

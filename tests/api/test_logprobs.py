@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from api_helpers import Truth, assert_idle, computed_of_prompts, lively_checkpoint, recorded_steps, run, writes
+from api_helpers import Truth, assert_idle, computed_of_prompts, recorded_steps, run, writes
 
 from kvloom import LLM, SamplingParams
 from kvloom.errors import RequestValidationError
@@ -18,19 +18,9 @@ LONG = [(11 * i + i // 7) % 250 for i in range(150)]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return lively_checkpoint(tmp_path_factory.mktemp("lively") / "m")
-
-
-@pytest.fixture(scope="module")
 def llm(checkpoint: Path) -> Iterator[LLM]:
     with LLM(str(checkpoint), dtype="float32") as made:
         yield made
-
-
-@pytest.fixture(scope="module")
-def truth(checkpoint: Path) -> Truth:
-    return Truth(checkpoint)
 
 
 def sampled(**params) -> SamplingParams:

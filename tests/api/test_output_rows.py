@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from api_helpers import Truth, lively_checkpoint, run, writes, written
+from api_helpers import Truth, run, writes, written
 
 from kvloom import LLM, CompletionOutput, Logprob, RequestMetrics, RequestOutput, SamplingParams
 from kvloom.beam_outputs import BeamSearchOutput, BeamSearchSequence
@@ -35,19 +35,9 @@ GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return lively_checkpoint(tmp_path_factory.mktemp("lively") / "m")
-
-
-@pytest.fixture(scope="module")
 def llm(checkpoint: Path) -> Iterator[LLM]:
     with LLM(str(checkpoint), dtype="float32") as made:
         yield made
-
-
-@pytest.fixture(scope="module")
-def truth(checkpoint: Path) -> Truth:
-    return Truth(checkpoint)
 
 
 def greedy(**params) -> SamplingParams:

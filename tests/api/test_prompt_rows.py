@@ -20,11 +20,6 @@ GREEDY = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return lively_checkpoint(tmp_path_factory.mktemp("lively") / "m")
-
-
-@pytest.fixture(scope="module")
 def llm(checkpoint: Path) -> Iterator[LLM]:
     with LLM(str(checkpoint), dtype="float32", max_model_len=MAX_MODEL_LEN) as made:
         yield made
@@ -46,11 +41,6 @@ def bare(checkpoint: Path) -> Iterator[LLM]:
     """Without a tokenizer."""
     with LLM(str(checkpoint), dtype="float32", skip_tokenizer_init=True) as made:
         yield made
-
-
-@pytest.fixture(scope="module")
-def truth(checkpoint: Path) -> Truth:
-    return Truth(checkpoint)
 
 
 def check(llm: LLM, truth: Truth, prompts, computed: list[list[int]], texts: list[str | None]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from api_helpers import Truth, assert_idle, ids, lively_checkpoint, recorded_steps, run, writes
+from api_helpers import Truth, assert_idle, ids, recorded_steps, run, writes
 
 from kvloom import LLM, SamplingParams
 from kvloom.errors import RequestFailedError, RequestValidationError
@@ -21,19 +21,9 @@ GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return lively_checkpoint(tmp_path_factory.mktemp("lively") / "m")
-
-
-@pytest.fixture(scope="module")
 def llm(checkpoint: Path) -> Iterator[LLM]:
     with LLM(str(checkpoint), dtype="float32") as made:
         yield made
-
-
-@pytest.fixture(scope="module")
-def truth(checkpoint: Path) -> Truth:
-    return Truth(checkpoint)
 
 
 def greedy(**params) -> SamplingParams:

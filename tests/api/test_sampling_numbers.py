@@ -16,7 +16,6 @@ from api_helpers import (
     drawn,
     ids,
     is_set_to,
-    lively_checkpoint,
     recorded_steps,
     run,
     writes,
@@ -31,19 +30,9 @@ LONG = [(7 * i) % 250 for i in range(100)]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return lively_checkpoint(tmp_path_factory.mktemp("lively") / "m")
-
-
-@pytest.fixture(scope="module")
 def llm(checkpoint: Path) -> Iterator[LLM]:
     with LLM(str(checkpoint), dtype="float32", max_model_len=200) as made:
         yield made
-
-
-@pytest.fixture(scope="module")
-def truth(checkpoint: Path) -> Truth:
-    return Truth(checkpoint)
 
 
 def samples(llm: LLM, prompt, **params) -> list[list[int]]:

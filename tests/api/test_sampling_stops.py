@@ -33,11 +33,6 @@ def llm(checkpoint: Path) -> Iterator[LLM]:
         yield made
 
 
-@pytest.fixture(scope="module")
-def truth(checkpoint: Path) -> Truth:
-    return Truth(checkpoint)
-
-
 def ended(done) -> tuple[str, str | None, int | str | None, int]:
     """Text, why it ended, and how many tokens it has."""
     return done.text, done.finish_reason, done.stop_reason, len(done.token_ids)
