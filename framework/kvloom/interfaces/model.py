@@ -153,6 +153,10 @@ class Model(ABC):
     """Names of the per-token integers that `forward` reads from `ModelInputs.extras`."""
     chunkable: bool = True
     """False when a prompt must be computed in one step (bidirectional encoders)."""
+    tasks: tuple[str, ...] = ("generate", "embed")
+    """What it can be used for, preferred first: generate, embed, classify, score, reward. An instance may narrow its class's."""
+    pooling: str = "LAST"
+    """How its hidden states are pooled when neither the configuration nor the checkpoint says."""
     ignored: tuple[str, ...] = ()
     """Shell patterns (`fnmatch`) of checkpoint tensors known to be unused, e.g. ``*.rotary_emb.inv_freq``."""
 
@@ -166,6 +170,15 @@ class Model(ABC):
     @abstractmethod
     def logits(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
         """``hidden [R, H]`` of the rows to sample -> ``[R, V]`` over the whole vocabulary (gathered if it is sharded)."""
+
+    def classify(self, pooled: Tensor, ctx: ForwardContext) -> Tensor:
+        """``pooled [R, H]``, or every position's ``hidden [T, H]`` -> ``[R, labels]``: the label head, without an activation.
+
+        Called only for tasks that need it (classify, score, reward) of a model that lists one of them in `tasks`.
+        """
+        from kvloom.errors import UnsupportedFeatureError
+
+        raise UnsupportedFeatureError("classification", type(self).__name__, "this model has no label head")
 
     @abstractmethod
     def state_specs(self) -> list[LayerStateSpec]:
