@@ -4,6 +4,7 @@ KvloomError
 ├── ConfigError (ValueError)               a parameter or configuration value is wrong, before anything was built
 │   ├── UnknownKeyError                    a key that does not exist, with the near name
 │   ├── UnsupportedFeatureError            a value that kvloom does not support so far; says what works
+│   ├── UnsupportedMethodError (AttributeError)  a method of another version of vLLM, with what to use here
 │   └── MemoryPlanError                    weights, activations and KV cache do not fit; the message is the table
 ├── ModelError (ValueError)                the model directory cannot be used
 │   ├── UnsupportedArchitectureError       no registered model has this architecture
@@ -17,6 +18,7 @@ KvloomError
 │   └── ManifestMismatchError              a worker resolved other plugins than the engine
 ├── RequestError                           one request; its neighbours are untouched
 │   ├── RequestValidationError (ValueError)  has .parameter and .value
+│   │   └── LocalMediaError (RuntimeError)  a local media file that may not be read
 │   ├── RequestTypeError (TypeError)       has .parameter and .value
 │   └── RequestFailedError                 it failed while it ran; the cause is the plugin's or the model's exception
 ├── EngineClosedError                      the engine was closed
@@ -88,6 +90,10 @@ class UnsupportedFeatureError(ConfigError):
         self.parameter, self.value, self.works = parameter, value, works
 
 
+class UnsupportedMethodError(ConfigError, AttributeError):
+    """A method of another version of vLLM, with what to use here."""
+
+
 class MemoryPlanError(ConfigError):
     """The model, its activations and the KV cache do not fit. The message is the plan's table and the value that would work."""
 
@@ -146,6 +152,10 @@ class _ArgumentError(RequestError):
 
 class RequestValidationError(_ArgumentError, ValueError):
     """A request's value is out of range, empty, too long or contradictory. Has ``.parameter`` and ``.value``."""
+
+
+class LocalMediaError(RequestValidationError, RuntimeError):
+    """A message names a local file, and ``allowed_local_media_path`` is empty or elsewhere."""
 
 
 class RequestTypeError(_ArgumentError, TypeError):

@@ -7,11 +7,13 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, ParamSpec, Self, TypeVar
 
 from kvloom.config import EngineConfig
-from kvloom.errors import EngineClosedError, RequestValidationError, UnsupportedFeatureError
+from kvloom.config.compat import OTHER_METHODS
+from kvloom.errors import EngineClosedError, RequestValidationError, UnsupportedFeatureError, UnsupportedMethodError
 from kvloom.live_request import Call
 from kvloom.outputs import RequestOutput
 from kvloom.param_checks import check_int
@@ -19,10 +21,12 @@ from kvloom.params import SamplingParams
 from kvloom.progress import Progress
 from kvloom.prompts import LazyPrompt, legacy_prompts, split_prompts
 from kvloom.request_arguments import OnError, check_on_error, one_each, pair_up, priorities_each
+from kvloom.request_counter import RequestCounter
 from kvloom.running import RunningEngine
 from kvloom.start_report import PhaseTimer
 from kvloom.startup import start_engine
 from kvloom.text.chat import ChatOptions, ContentFormat, RenderedChat, split_conversations
+from kvloom.text.tokenization import cut_prompt, read_truncation
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -112,6 +116,36 @@ class LLM:
             raise EngineClosedError("this LLM was closed; make a new one")
         return self._engine
 
+    @property
+    def engine_class(self) -> type[RunningEngine]:
+        """Class of `llm_engine`."""
+        return type(self.llm_engine)
+
+    @property
+    def request_counter(self) -> RequestCounter:
+        """Its ``counter`` is the number of the next request, which is its ``request_id``."""
+        return self.llm_engine.numbers
+
+    @property
+    def default_sampling_params(self) -> dict[str, Any]:
+        """What generation_config.json and ``override_generation_config`` changed of ``SamplingParams()``: field -> value."""
+        ours, plain = self.get_default_sampling_params(), SamplingParams()
+        return {f.name: getattr(ours, f.name) for f in fields(ours) if getattr(ours, f.name) != getattr(plain, f.name)}
+
+    def __repr__(self) -> str:
+        """The model's name, and its layers as torch shows them."""
+        if self._engine is None:
+            return "LLM(closed)"
+        tree = "\n".join(self._engine.executor.call(_tree))
+        return f"LLM(model={self._engine.model_name!r})\n{tree}"
+
+    def __getattr__(self, name: str) -> Any:
+        """Only asked for what is not there. Raises `UnsupportedMethodError` for a method of another version of vLLM."""
+        instead = OTHER_METHODS.get(name)
+        if instead is not None:
+            raise UnsupportedMethodError(f"LLM.{name} is not supported; {instead}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def generate(
         self,
         prompts: Any = _NOT_GIVEN,
@@ -123,6 +157,7 @@ class LLM:
         guided_options_request: Any = None,
         priority: int | Sequence[int] | None = None,
         *,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
         on_error: OnError = "raise",
     ) -> list[RequestOutput]:
         """Complete prompts; results in their order. The caller's objects are not changed.
@@ -135,6 +170,8 @@ class LLM:
             prompt_token_ids: of older versions: token ids beside or instead of `prompts`.
             use_tqdm: show a progress bar, or a function that makes one.
             priority: lower is served earlier, with ``scheduling_policy="priority"``; one for all or one a prompt.
+            tokenization_kwargs: how prompts are cut: ``truncate_prompt_tokens``, or ``truncation`` and ``max_length``, and
+                ``truncation_side``.
             on_error: "return" puts an output with ``error`` in the place of a request that cannot be served or that fails.
 
         Raises:
@@ -143,7 +180,7 @@ class LLM:
         """
         _refuse_later(lora_request=lora_request, prompt_adapter_request=prompt_adapter_request,
                       guided_options_request=guided_options_request)
-        items = self._prompts(prompts, prompt_token_ids)
+        items = _cut(self._prompts(prompts, prompt_token_ids), tokenization_kwargs)
         check_on_error(on_error)
         engine = self.llm_engine
         params = one_each(len(items), sampling_params, engine.defaults)
@@ -193,6 +230,7 @@ class LLM:
         mm_processor_kwargs: Any = None,
         *,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
         priority: int | Sequence[int] | None = None,
         on_error: OnError = "raise",
         dry_run: bool = False,
@@ -201,14 +239,14 @@ class LLM:
 
         Args:
             messages: a list of ``{"role": ..., "content": ...}``, or a list of such lists.
-            chat_template: Jinja text or a file instead of the model's own.
+            chat_template: Jinja text or a file instead of the engine's (``LLM(chat_template=...)``) or the model's own.
             chat_template_content_format: how contents reach the template: "string", "openai" (lists of parts), or as it takes them.
             add_generation_prompt: end with the beginning of the assistant's message.
             continue_final_message: go on with the last message instead.
             tools: JSON objects that describe functions, for the template.
             chat_template_kwargs: further variables of the template.
             dry_run: give text and ids of each prompt, and compute nothing.
-            sampling_params, use_tqdm, priority, on_error: as in `generate`.
+            sampling_params, use_tqdm, tokenization_kwargs, priority, on_error: as in `generate`.
 
         Raises:
             RequestValidationError, RequestTypeError: no template, one that refuses the messages or takes too long, or bad messages.
@@ -223,7 +261,7 @@ class LLM:
         if dry_run:
             return [engine.chat.render(c, options) for c in conversations]
         params = one_each(len(conversations), sampling_params, engine.defaults)
-        items = [LazyPrompt(functools.partial(engine.chat.prompt, c, options)) for c in conversations]
+        items = _cut([LazyPrompt(functools.partial(engine.chat.prompt, c, options)) for c in conversations], tokenization_kwargs)
         return self._run(engine, items, params, priorities_each(len(items), priority), use_tqdm, on_error)
 
     @classmethod
@@ -265,6 +303,10 @@ class LLM:
             UnsupportedFeatureError: a timeout, with an executor that cannot interrupt a call (workers in this process).
         """
         return self.llm_engine.executor.call(method, timeout, args, kwargs)
+
+    def get_world_size(self) -> int:
+        """How many workers there are."""
+        return len(self.llm_engine.executor.call(_rank))
 
     def apply_model(self, function: Callable[[Any], R]) -> list[R]:
         """Call `function` with the torch module on every worker, in process; one result a worker."""
@@ -332,6 +374,19 @@ def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(LLM.__init__).parameters
     return {name: value for name, value in arguments.items()
             if name in parameters and name not in ("self", "kwargs") and value is not parameters[name].default}
+
+
+def _cut(items: list[Any], tokenization_kwargs: Mapping[str, Any] | None) -> list[Any]:
+    truncation = read_truncation(tokenization_kwargs)
+    return items if truncation is None else [cut_prompt(item, truncation) for item in items]
+
+
+def _rank(worker: Any) -> int:
+    return int(worker.rank)
+
+
+def _tree(worker: Any) -> str:
+    return repr(worker.model)
 
 
 def _unless_failed(output: RequestOutput, on_error: OnError) -> RequestOutput:

@@ -34,12 +34,26 @@ class TokensPrompt(TypedDict):
 
 
 @dataclass(frozen=True, slots=True)
+class Truncation:
+    """How a prompt is cut.
+
+    Args:
+        tokens: that are kept; -1: as many as leave room for one output token.
+        keep_end: the last ones, else the first ones.
+    """
+
+    tokens: int
+    keep_end: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class ParsedPrompt:
-    """One prompt: text that is still to be encoded, or token ids, or both."""
+    """One prompt: text that is still to be encoded, or token ids, or both; and how it is cut, None: as the parameters say."""
 
     text: str | None
     token_ids: tuple[int, ...] | None
     cache_salt: str = ""
+    truncation: Truncation | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from kvloom.core import RequestSpec, check_prompt_length, root_digest
 from kvloom.errors import RequestFailedError, RequestValidationError
 from kvloom.interfaces import SequenceView, Tokenizer
 from kvloom.params import SamplingParams
-from kvloom.prompts import ParsedPrompt, check_token_ids
+from kvloom.prompts import ParsedPrompt, Truncation, check_token_ids
 
 if TYPE_CHECKING:
     from kvloom.runtime.logits import LogitsPipeline
@@ -85,7 +85,7 @@ class RequestRules:
         sampling = params.with_vocabulary(self.vocab_size, self.max_logprobs)
         if sampling.stop_strings:
             self.need_tokenizer("stop strings", "stop")
-        token_ids = tuple(self._encode(prompt, sampling.truncate_prompt_tokens))
+        token_ids = tuple(self._encode(prompt, _truncation(prompt, sampling)))
         check_prompt_length(len(token_ids), self.max_model_len)
         seed = self._derived_seed(number) if sampling.seed is None else sampling.seed % 2**64
         asked = self.pipeline.ask(sampling, self.tokenizer)
@@ -104,18 +104,18 @@ class RequestRules:
         # Without a prefix cache no two requests may meet, but the completions of one do.
         return root_digest(self.model_revision, cache_salt=salt, media=() if self.cached else (f"request {number}",))
 
-    def _bounded(self, text: str, keep_tokens: int | None) -> str:
-        """A text of a length that is worth encoding, which takes a second per megabyte: its end, where only that is wanted."""
+    def _bounded(self, text: str, cut: Truncation | None) -> str:
+        """A text of a length that is worth encoding, which takes a second per megabyte: the part that is wanted."""
         most = self.max_model_len * LONGEST_TOKEN_CHARACTERS
-        if len(text) > most and keep_tokens is None:
+        if len(text) > most and cut is None:
             raise RequestValidationError(f"The prompt has {len(text)} characters, which is longer than the maximum model length of "
                                          f"{self.max_model_len} tokens can hold ({most}).", "prompt", len(text))
-        return text[-most:]
+        return text[-most:] if cut is None or cut.keep_end else text[:most]
 
-    def _encode(self, prompt: ParsedPrompt, keep_tokens: int | None) -> Sequence[int]:
+    def _encode(self, prompt: ParsedPrompt, cut: Truncation | None) -> Sequence[int]:
         token_ids: Sequence[int] | None = prompt.token_ids
         if token_ids is None:
-            tokenizer, text = self.need_tokenizer("text prompts"), self._bounded(prompt.text or "", keep_tokens)
+            tokenizer, text = self.need_tokenizer("text prompts"), self._bounded(prompt.text or "", cut)
             try:
                 token_ids = tokenizer.encode(text)
             except Exception as error:
@@ -123,6 +123,16 @@ class RequestRules:
         if not token_ids:
             raise RequestValidationError("The prompt cannot be empty: the tokenizer made no token of it", "prompt", prompt.text)
         check_token_ids(token_ids, self.vocab_size)
-        if keep_tokens is None:
+        if cut is None:
             return token_ids
-        return token_ids[-(self.max_model_len - 1 if keep_tokens == -1 else keep_tokens):]
+        kept = self.max_model_len - 1 if cut.tokens == -1 else cut.tokens
+        return token_ids[-kept:] if cut.keep_end else token_ids[:kept]
+
+
+def _truncation(prompt: ParsedPrompt, sampling: SamplingParams) -> Truncation | None:
+    """What the call says of a prompt, or its parameters. Raises `RequestValidationError` when both do."""
+    tokens = sampling.truncate_prompt_tokens
+    if prompt.truncation is not None and tokens is not None:
+        raise RequestValidationError("both tokenization_kwargs and the sampling parameters say how to cut the prompt: give one of them",
+                                     "truncate_prompt_tokens", tokens)
+    return prompt.truncation if tokens is None else Truncation(tokens)

@@ -27,6 +27,7 @@ from kvloom.logs import get_logger
 from kvloom.outputs import RequestMetrics, RequestOutput
 from kvloom.params import SamplingParams
 from kvloom.prompts import ParsedPrompt, parse_prompt
+from kvloom.request_counter import RequestCounter
 from kvloom.request_rules import RequestRules
 from kvloom.start_report import StartReport
 from kvloom.text.chat import ChatFormatter
@@ -60,12 +61,12 @@ class RunningEngine:
         self._changed: deque[Request] = deque()  # by steps, and not looked at yet
         self._is_busy = self._is_closed = False
         self._live: dict[int, tuple[LiveRequest, LiveSequence]] = {}
-        self._next_number = 0
+        self.numbers = RequestCounter()
 
     @property
     def model_name(self) -> str:
         """See `EngineInfo`."""
-        return self.config.model.model
+        return self.config.model.name
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -76,7 +77,9 @@ class RunningEngine:
     def chat(self) -> ChatFormatter:
         """Renders conversations. Raises `RequestValidationError` without a tokenizer."""
         if self._chat is None:
-            self._chat = ChatFormatter(self.rules.need_tokenizer("chat"), TemplateRenderer())
+            m = self.config.model
+            self._chat = ChatFormatter(self.rules.need_tokenizer("chat"), TemplateRenderer(), m.chat_template,
+                                       m.allowed_local_media_path)
         return self._chat
 
     @property
@@ -127,15 +130,15 @@ class RunningEngine:
             ready: list[tuple[LiveRequest, list[RequestSpec]]] = []
             refused: list[tuple[LiveRequest, KvloomError]] = []
             for i, (prompt, sampling, priority) in enumerate(zip(prompts, params, priorities, strict=True)):
-                live = LiveRequest(str(self._next_number + i), None, first_place + i, call, on_text)
+                live = LiveRequest(str(self.numbers.counter + i), None, first_place + i, call, on_text)
                 try:
-                    ready.append((live, self._read_prompt(live, prompt, sampling, self._next_number + i, priority)))
+                    ready.append((live, self._read_prompt(live, prompt, sampling, self.numbers.counter + i, priority)))
                 except REFUSALS as error:
                     if not return_errors:
                         raise
                     refused.append((live, error))
             refused += self._queue(ready, return_errors=return_errors)
-            self._next_number += len(prompts)
+            self.numbers.counter += len(prompts)
         for live, reason in refused:
             call.deliver(live.place, _refusal(live, reason))
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from kvloom.config import EngineConfig
+from kvloom.config.class_path import load_class
 from kvloom.core import Engine, Scheduler
 from kvloom.errors import ConfigError, ManifestMismatchError, NotRegisteredError
 from kvloom.hooks.loader import PluginSet, load_plugins
-from kvloom.interfaces import Executor, Worker
+from kvloom.interfaces import Executor, SchedulingPolicy, Worker
 from kvloom.logs import get_logger
 from kvloom.request_rules import EndTokens, RequestRules
 from kvloom.running import RunningEngine
 from kvloom.start_report import PhaseTimer, StartReport
+from kvloom.stats_log import StatsLog
 from kvloom.text.tokenizer import import_tokenizer, open_tokenizer
 
 
@@ -36,19 +39,20 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
         plugins = load_config_plugins(config)
     with timer.phase("import torch"):
         from kvloom.layers.base import dtype_name
-        from kvloom.runtime import builder, logits, worker
+        from kvloom.runtime import builder, logits, worker, worker_class
     with timer.phase("import tokenizer"):
         tokenizer_class = import_tokenizer(config, plugins.registries["tokenizers"])
     with timer.phase("model files"):
         source = builder.open_source(config, plugins)
     with timer.phase("tokenizer"):
         tokenizer = None if tokenizer_class is None else open_tokenizer(config, source.directory, tokenizer_class)
-    policy = _component(plugins, "schedulers", "scheduling_policy", config.scheduler.scheduling_policy)()
+    policy = _policy(config, plugins)()
+    make = worker_class.worker_class(config.device)
     executor: Executor = _component(plugins, "executors", "distributed_executor_backend",
                                     config.device.distributed_executor_backend)()
 
     def make_worker(rank: int) -> Worker:
-        return worker.DeviceWorker(rank, config, plugins, source)
+        return make(rank, config, plugins, source)
 
     try:
         with timer.phase("worker") as parts:
@@ -62,11 +66,13 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
             plan = executor.call(worker.worker_plan)[0]
             limits = config.limits(source.max_model_len, chunkable=executor.call(_chunkable)[0])
             observers = [observe for _, observe in plugins.observers["kvloom_step_finished"]]
+            observers += [] if config.features.disable_log_stats else [StatsLog()]
             engine = Engine(Scheduler(limits, report.groups, report.num_blocks, policy), executor, observers)
             rules = RequestRules(
                 config.model.seed, str(source.directory), source.config.vocab_size, source.max_model_len, config.features.max_logprobs,
                 limits.cached, EndTokens.of(source.end_token_ids, tokenizer), tokenizer,
-                logits.LogitsPipeline(logits.make_processors(plugins.registries["logits_processors"])))
+                logits.LogitsPipeline(logits.make_processors(plugins.registries["logits_processors"],
+                                                              config.features.logits_processors or ())))
         notes = (f"dtype: {dtype_name(source.dtype)}", f"threads: {_threads()}", *report.notes, *plugins.notes)
         start = StartReport(tuple(timer.phases), timer.elapsed_s, plan.num_blocks, plan.capacity_tokens, notes)
         running = RunningEngine(config, engine, executor, plugins, rules, source.defaults, plan, start)
@@ -86,6 +92,14 @@ def _threads() -> int:
     import torch
 
     return torch.get_num_threads()
+
+
+def _policy(config: EngineConfig, plugins: PluginSet) -> Callable[[], SchedulingPolicy]:
+    given = config.scheduler.scheduler_cls
+    if given is not None:
+        return load_class("scheduler_cls", given, SchedulingPolicy)
+    policy: Callable[[], SchedulingPolicy] = _component(plugins, "schedulers", "scheduling_policy", config.scheduler.scheduling_policy)
+    return policy
 
 
 def _component(plugins: PluginSet, kind: str, parameter: str, name: str) -> Any:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from kvloom.config.section import NoEffect, Section, Unsupported
+from kvloom.config.section import NoEffect, NotYet, Section, Unsupported
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
@@ -19,8 +19,9 @@ class CacheSection(Section):
     kv_cache_memory: Annotated[int | None, Field(ge=1, description="bytes, or text such as '4GiB'; None: see docs/api.md")] = None
     num_gpu_blocks_override: Annotated[int | None, Field(ge=2, description="exactly so many blocks, one of them the null block")] = None
     enable_prefix_caching: Annotated[bool, Field(description="keep blocks for prompts with the same beginning; None: True")] = True
-    kv_cache_dtype: Annotated[str, Field(description="numbers of keys and values"),
-                              Unsupported("leave it at 'auto': the model's dtype")] = "auto"
+    kv_cache_dtype: Annotated[Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"], Field(
+        description="numbers of keys and values; auto: the model's dtype"), NotYet(dict.fromkeys(
+            ("fp8", "fp8_e4m3", "fp8_e5m2"), "use 'auto': the model's dtype"))] = "auto"
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1, description="share of a GPU's memory"), NoEffect(
         "on a CPU the KV cache takes kv_cache_memory, or a default bounded by what the process may still use")] = 0.9
     swap_space: Annotated[float, Field(ge=0, description="GiB of host memory for blocks that gave way"), NoEffect(

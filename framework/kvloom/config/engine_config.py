@@ -153,6 +153,7 @@ def _translate(values: Mapping[str, Any], origins: Mapping[str, str]) -> tuple[d
         if other is None:
             ours[target], from_where[target] = value, origins[name]
         elif isinstance(other.state, NoEffect):
+            other.check(name, value)
             if value != other.default:
                 notes.append(f"{name}={value!r} has no effect: {other.state.reason}")
         elif value not in (None, other.default, *other.state.values):

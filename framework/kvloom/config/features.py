@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from kvloom.config.section import NoEffect, Section, Unsupported
+from kvloom.config.class_path import ClassPath
+from kvloom.config.section import Section, Unsupported
 
 
 class FeatureSection(Section):
@@ -25,5 +26,8 @@ class FeatureSection(Section):
     guided_decoding_backend: Annotated[str, Field(description="library for structured output"),
                                        Unsupported("leave it at 'auto'")] = "auto"
     max_logprobs: Annotated[int, Field(ge=-1, description="most candidates that a request may want with each token; -1: no bound")] = 20
-    disable_log_stats: Annotated[bool, Field(description="leave metrics out"),
-                                 NoEffect("RequestOutput.metrics is always set: it costs a few clock reads")] = True
+    logits_processors: Annotated[tuple[ClassPath, ...] | None, Field(
+        strict=False, description="subclasses of `kvloom.interfaces.LogitsProcessor`, or where they are ('package.module:Class'), that "
+        "run besides the registered ones")] = None
+    disable_log_stats: Annotated[bool, Field(description="False: an event with throughput and cache use every 10 seconds and when the "
+                                             "engine runs out of work. Metrics of requests are always there")] = True

@@ -33,15 +33,19 @@ def _refuse(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def read_model_json(directory: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A checkpoint's config.json with `overrides` (``hf_overrides``) on top. Keys that start with an underscore are dropped."""
+def without_underscores(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers keeps what steers its own code under such keys: nobody may set them from a file."""
+    return {k: v for k, v in raw.items() if not k.startswith("_")}
+
+
+def read_config_file(directory: Path) -> dict[str, Any]:
+    """config.json as it is, but for keys that start with an underscore. Raises `ModelError` where there is none."""
     path = directory / "config.json"
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "nothing"
         raise ModelError(f"{directory} has no config.json (there is {there}); give the directory of a checkpoint in Hugging Face "
                          "format")
-    raw = {k: v for k, v in read_json(path).items() if not k.startswith("_")}
-    return raw | dict(overrides or {})
+    return without_underscores(read_json(path))
 
 
 def parse_model_config(raw: Mapping[str, Any], model: type[C]) -> C:
@@ -80,6 +84,16 @@ def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     if raw.get("original_max_position_embeddings") is not None:
         rope.setdefault("original_max_position_embeddings", raw["original_max_position_embeddings"])
     return rope
+
+
+def has_window(raw: Mapping[str, Any]) -> bool:
+    """Whether some layers see only the last ``sliding_window`` tokens."""
+    return type(raw.get("sliding_window")) is int and raw["sliding_window"] > 0 and raw.get("use_sliding_window", True) is not False
+
+
+def without_window(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the same model in which every layer sees all tokens."""
+    return {k: v for k, v in raw.items() if k not in ("sliding_window", "use_sliding_window", "layer_types")}
 
 
 def derive_max_model_len(config: ModelConfig) -> int:

@@ -12,8 +12,13 @@ class Tokenizer(ABC):
     """Registered with ``kvloom_register_tokenizers`` under a ``tokenizer_mode``. Made once an engine; must be thread-safe."""
 
     @abstractmethod
-    def __init__(self, directory: Path, *, trust_remote_code: bool = False) -> None:
-        """Load from a directory. Raises `ModelError` that names the files looked at."""
+    def __init__(self, directory: Path, *, trust_remote_code: bool = False, code_revision: str | None = None) -> None:
+        """Load from a directory. Raises `ModelError` that names the files looked at.
+
+        Args:
+            trust_remote_code, code_revision: for the gate, `kvloom.interfaces.remote_code.from_pretrained`, through which every use
+                of transformers' Auto classes goes.
+        """
 
     @property
     @abstractmethod

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from kvloom.config import EngineConfig
-from kvloom.config.checkpoint import resolve_model_dir
+from kvloom.config.checkpoint import Fetch, resolve_model_dir
 from kvloom.config.generation import default_sampling, end_tokens, read_generation
-from kvloom.config.model_json import derive_max_model_len, parse_model_config, read_model_json
+from kvloom.config.model import ModelSection
+from kvloom.config.model_json import derive_max_model_len, has_window, parse_model_config, without_window
 from kvloom.errors import ConfigError, NotRegisteredError, PluginLoadError, UnsupportedArchitectureError
 from kvloom.hooks.loader import PluginSet
 from kvloom.hooks.registry import Entry
@@ -24,6 +25,7 @@ from kvloom.interfaces.quant import QuantMethod
 from kvloom.layers.base import dtype_of
 from kvloom.params import SamplingParams
 from kvloom.runtime.choice import BackendChooser
+from kvloom.runtime.custom_code import read_config, refuse_custom_model
 from kvloom_kernels.linear import product_kind
 from kvloom_kernels.requirement import Machine
 
@@ -71,16 +73,32 @@ def open_source(config: EngineConfig, plugins: PluginSet) -> ModelSource:
         UnsupportedArchitectureError: no plugin registered any of its architectures.
     """
     m = config.model
-    directory = resolve_model_dir(m.model, m.revision, m.download_dir, m.hf_token)
-    raw = read_model_json(directory, m.hf_overrides)
-    entry = find_architecture(raw, plugins)
+    directory = resolve_model_dir(m.model, m.revision, m.download_dir, m.hf_token, m.fetch)
+    raw = read_config(_config_dir(m, directory), m)
+    try:
+        entry = find_architecture(raw, plugins)
+    except UnsupportedArchitectureError:
+        refuse_custom_model(raw, m)
+        raise
     model_config = parse_model_config(raw, config_model(entry))
+    longest = derive_max_model_len(model_config)
+    if m.disable_sliding_window and has_window(raw):
+        longest = min(longest, raw["sliding_window"])
+        model_config = parse_model_config(without_window(raw), config_model(entry))
     quant = find_quantization(m.quantization, model_config.quantization_config, plugins)
-    max_model_len = config.resolved_max_model_len(derive_max_model_len(model_config))
+    max_model_len = config.resolved_max_model_len(longest)
     dtype = resolve_dtype(m.dtype, model_config.dtype)
     generation = read_generation(directory, m.generation_config, m.override_generation_config)
     return ModelSource(directory, entry, model_config, max_model_len, dtype, quant, end_tokens(raw, generation),
                        default_sampling(generation))
+
+
+def _config_dir(section: ModelSection, directory: Path) -> Path:
+    """Where config.json is: `directory` unless ``hf_config_path`` says otherwise."""
+    where = section.hf_config_path
+    if where is None:
+        return directory
+    return resolve_model_dir(where, section.revision, section.download_dir, section.hf_token, Fetch(usable=("config.json",)))
 
 
 def config_model(entry: Entry[Model]) -> type[ModelConfig]:

@@ -6,9 +6,10 @@ import time
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from kvloom.config import EngineConfig
-from kvloom.errors import InternalError, NotRegisteredError, RequestError
+from kvloom.errors import ConfigError, InternalError, NotRegisteredError, RequestError
 from kvloom.hooks.loader import PluginSet
 from kvloom.interfaces import Model, NewSequence, SequenceView, Step, StepResult, WeightLoader, WorkerReport
 from kvloom.runtime.batch import BatchState
@@ -26,12 +27,36 @@ from kvloom_kernels.linear import product_kind
 DEFAULT_SAMPLER = "default"
 
 
+PICKLES = ("pt", "npcache", "mistral")
+"""Values of vLLM's ``load_format`` whose files run code when they are read, or are not in Hugging Face format."""
+
+
 def make_loader(config: EngineConfig, plugins: PluginSet) -> WeightLoader:
-    """The weight loader that ``load_format`` names. Raises `NotRegisteredError`."""
+    """The weight loader that ``load_format`` names, with the settings of ``model_loader_extra_config``.
+
+    Raises:
+        NotRegisteredError: nobody registered it.
+        ConfigError: settings that it does not take.
+    """
+    name, given = config.model.load_format, config.model.model_loader_extra_config
     try:
-        loader: WeightLoader = plugins.registries["loaders"].resolve(config.model.load_format).load()()
+        entry = plugins.registries["loaders"].resolve(name)
     except NotRegisteredError as error:
-        raise NotRegisteredError(f"load_format={config.model.load_format!r}: {error}") from error
+        hint = " (its files are never read: convert the checkpoint to safetensors, and leave load_format at 'auto')"
+        raise NotRegisteredError(f"load_format={name!r}{hint if name in PICKLES else ''}: {error}") from error
+    model = entry.config_model()
+    if model is None:
+        if given:
+            raise ConfigError(f"model_loader_extra_config={given!r}: the loader {name!r} ({entry.origin}) takes none; leave it out")
+        plain: WeightLoader = entry.load()()
+        return plain
+    try:
+        settings = model.model_validate(given or {})
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"model_loader_extra_config={given!r}: {problems} (settings of {name!r}: "
+                          f"{', '.join(model.model_fields)})") from error
+    loader: WeightLoader = entry.load()(settings)
     return loader
 
 
@@ -101,7 +126,8 @@ class DeviceWorker:
         shapes = {layer: built.backends[layer].state_shapes() for group in groups for layer in group.layers}
         caches = allocate(groups, shapes, num_blocks, self._device)
         sampler = self._plugins.registries["samplers"].resolve(DEFAULT_SAMPLER).load()()
-        pipeline = LogitsPipeline(make_processors(self._plugins.registries["logits_processors"]))
+        pipeline = LogitsPipeline(make_processors(self._plugins.registries["logits_processors"],
+                                                  self._config.features.logits_processors or ()))
         vocab_size = self._source.config.vocab_size
         state = BatchState(limits.max_num_seqs, limits.max_model_len, groups, lambda new: _start(pipeline, new, vocab_size))
         num_layers = len(built.model.state_specs())

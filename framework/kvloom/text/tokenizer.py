@@ -34,5 +34,5 @@ def open_tokenizer(config: EngineConfig, model_dir: Path, tokenizer: type[Tokeni
     m = config.model
     directory = model_dir
     if m.tokenizer is not None or m.tokenizer_revision not in (None, m.revision):
-        directory = resolve_model_dir(m.tokenizer or m.model, m.tokenizer_revision or m.revision, m.download_dir, m.hf_token)
-    return tokenizer(directory, trust_remote_code=m.trust_remote_code)
+        directory = resolve_model_dir(m.tokenizer or m.model, m.tokenizer_revision or m.revision, m.download_dir, m.hf_token, m.fetch)
+    return tokenizer(directory, trust_remote_code=m.trust_remote_code, code_revision=m.code_revision)

@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 
 from kvloom.errors import ModelError
-from kvloom.interfaces import Tokenizer
+from kvloom.interfaces import Tokenizer, remote_code
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 
@@ -19,13 +19,14 @@ CHAT_TEMPLATE_FILES = ("chat_template.jinja", "additional_chat_templates/*.jinja
 class AutoTokenizer(Tokenizer):
     """The implementation that the library has for the files: fast (Rust) for nearly all, Python for a few old models.
 
-    Since transformers 5 each model has one of the two, ``use_fast`` is ignored. Code in the directory is never run.
+    Since transformers 5 each model has one of the two, ``use_fast`` is ignored. Code in the directory runs only with trust.
     """
 
-    def __init__(self, directory: Path, *, trust_remote_code: bool = False) -> None:
+    def __init__(self, directory: Path, *, trust_remote_code: bool = False, code_revision: str | None = None) -> None:
+        _check_code(directory, trust_remote_code=trust_remote_code)
         try:
-            self._hf = transformers.AutoTokenizer.from_pretrained(
-                str(directory), trust_remote_code=False, local_files_only=True, clean_up_tokenization_spaces=False)
+            self._hf = remote_code.from_pretrained(transformers.AutoTokenizer, directory, trust_remote_code=trust_remote_code,
+                                                   code_revision=code_revision, clean_up_tokenization_spaces=False)
         except Exception as error:
             found = ", ".join(f for f in FILES if (directory / f).exists()) or "none of them"
             reason = " ".join(str(error).split())[:300]
@@ -128,11 +129,24 @@ class AutoTokenizer(Tokenizer):
         return 0 <= token_id < self._vocab_size and token_id not in self._gaps
 
 
+def _check_code(directory: Path, *, trust_remote_code: bool) -> None:
+    """Raises `ModelError` when the tokenizer is code of the checkpoint, not trusted, and no class of transformers: another one would
+    give other ids."""
+    code = remote_code.named_code(directory, "tokenizer_config.json", "AutoTokenizer")
+    if code is None or trust_remote_code:
+        return
+    name = str(remote_code.read_json(directory / "tokenizer_config.json").get("tokenizer_class") or "")
+    if not any(hasattr(transformers, f"{name.removesuffix('Fast')}{suffix}") for suffix in ("", "Fast") if name):
+        raise ModelError(f"the tokenizer of {directory} is code that comes with it ({code}), and it is not run. If you have read "
+                         "it and trust it, give trust_remote_code=True; else tokenizer=..., or skip_tokenizer_init=True and token "
+                         "prompts")
+
+
 class FastTokenizer(AutoTokenizer):
     """The library's Rust implementation, where it has one for the files; "auto" takes the same one then."""
 
-    def __init__(self, directory: Path, *, trust_remote_code: bool = False) -> None:
-        super().__init__(directory, trust_remote_code=trust_remote_code)
+    def __init__(self, directory: Path, *, trust_remote_code: bool = False, code_revision: str | None = None) -> None:
+        super().__init__(directory, trust_remote_code=trust_remote_code, code_revision=code_revision)
         if not self.is_fast:
             raise ModelError(f"tokenizer_mode='fast' asks for a Rust tokenizer, but transformers {transformers.__version__} has only "
                              f"the Python {type(self._hf).__name__} for the files in {directory}. Use tokenizer_mode='auto'")
@@ -141,8 +155,8 @@ class FastTokenizer(AutoTokenizer):
 class SlowTokenizer(AutoTokenizer):
     """The library's Python implementation. transformers 5 has one only for models without a fast one (ByT5, CTRL, BioGPT, ...)."""
 
-    def __init__(self, directory: Path, *, trust_remote_code: bool = False) -> None:
-        super().__init__(directory, trust_remote_code=trust_remote_code)
+    def __init__(self, directory: Path, *, trust_remote_code: bool = False, code_revision: str | None = None) -> None:
+        super().__init__(directory, trust_remote_code=trust_remote_code, code_revision=code_revision)
         if self.is_fast:
             raise ModelError(f"tokenizer_mode='slow' asks for a Python tokenizer, but transformers {transformers.__version__} has only "
                              f"the fast {type(self._hf).__name__} for the files in {directory}. Use tokenizer_mode='auto'")
