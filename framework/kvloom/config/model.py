@@ -14,6 +14,8 @@ from kvloom.config.section import NotYet, Secret, Section, Unsupported
 DTYPES = {"auto": "auto", "half": "float16", "float16": "float16", "bfloat16": "bfloat16", "float": "float32", "float32": "float32"}
 """What can be given, in any case, and what it means."""
 
+Texts = Annotated[tuple[str, ...], Field(strict=False)]
+"""A list or tuple of texts."""
 JINJA_MARKS = ("{{", "{%", "\n")
 """A chat template has one of these, a file's path has none."""
 
@@ -38,8 +40,8 @@ class ModelSection(Section):
     model_impl: Annotated[Literal["auto", "kvloom", "vllm", "transformers"], Field(
         description="auto and kvloom (vllm means the same): the architecture's plugin"), NotYet({
             "transformers": "use 'auto', and install a plugin for the model's architecture"})] = "auto"
-    served_model_name: Annotated[str | tuple[str, ...] | None, Field(
-        strict=False, description="what logs and plugins call it; of a list the first; None: `model`")] = None
+    served_model_name: Annotated[str | Texts | None, Field(
+        description="what logs and plugins call it; of a list the first; None: `model`")] = None
     dtype: Annotated[str, Field(description="of weights and activations: auto, float32, bfloat16, float16, or a torch dtype")] = "auto"
     quantization: Annotated[str | None, Field(description="method's name; None: what the checkpoint says")] = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64, description="of requests without a seed; None behaves as 0")] = 0
@@ -47,8 +49,8 @@ class ModelSection(Section):
     load_format: Annotated[str, Field(description="auto, safetensors, dummy, or a plugin's name")] = "auto"
     download_dir: Annotated[str | None, Field(description="the hub's cache folder")] = None
     hf_token: Annotated[bool | str | None, Field(repr=False, description="for downloads; True: the stored one"), Secret()] = None
-    ignore_patterns: Annotated[str | tuple[str, ...] | None, Field(
-        strict=False, description="files of a hub repository that are not fetched, such as 'original/*'")] = None
+    ignore_patterns: Annotated[str | Texts | None, Field(
+        description="files of a hub repository that are not fetched, such as 'original/*'")] = None
     model_loader_extra_config: Annotated[dict[str, Any] | None, Field(
         description="settings of the loader that `load_format` names; the built-in ones have none")] = None
     hf_overrides: Annotated[dict[str, Any] | Callable[[Any], Any] | None, Field(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
@@ -57,13 +57,18 @@ def parse_model_config(raw: Mapping[str, Any], model: type[C]) -> C:
     data = dict(raw)
     data["rope"] = _rope(raw)
     data["dtype"] = raw.get("dtype") or raw.get("torch_dtype")
-    data = {k: v for k, v in data.items() if v is not None}
+    data = {k: v for k, v in data.items() if v is not None or _may_be_null(model, k)}
     try:
         return model.model_validate(data)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config.json'}: {e['msg']} (got {_short(e['input'])})"
                              for e in error.errors())
         raise ModelError(f"config.json cannot be used: {problems}") from error
+
+
+def _may_be_null(model: type[ModelConfig], key: str) -> bool:
+    """Whether null says something: for other fields it is the same as no key."""
+    return key in model.model_fields and type(None) in get_args(model.model_fields[key].annotation)
 
 
 def _short(value: object) -> str:
@@ -93,7 +98,7 @@ def has_window(raw: Mapping[str, Any]) -> bool:
 
 def without_window(raw: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of the same model in which every layer sees all tokens."""
-    return {k: v for k, v in raw.items() if k not in ("sliding_window", "use_sliding_window", "layer_types")}
+    return {**{k: v for k, v in raw.items() if k not in ("use_sliding_window", "layer_types")}, "sliding_window": None}
 
 
 def derive_max_model_len(config: ModelConfig) -> int:
