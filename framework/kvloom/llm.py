@@ -96,6 +96,10 @@ class LLM:
 
         Only built-in plugins and those that the file names under ``plugins:`` run.
 
+        Args:
+            path: of the file.
+            overrides: the constructor's arguments, on top.
+
         Raises:
             UnknownKeyError: ``file:line: unknown key`` with the near name.
         """
@@ -169,6 +173,7 @@ class LLM:
             sampling_params: one for all, or one a prompt; None takes `get_default_sampling_params`.
             prompt_token_ids: of older versions: token ids beside or instead of `prompts`.
             use_tqdm: show a progress bar, or a function that makes one.
+            lora_request, prompt_adapter_request, guided_options_request: unsupported so far unless None.
             priority: lower is served earlier, with ``scheduling_policy="priority"``; one for all or one a prompt.
             tokenization_kwargs: how prompts are cut: ``truncate_prompt_tokens``, or ``truncation`` and ``max_length``, and
                 ``truncation_side``.
@@ -247,6 +252,7 @@ class LLM:
             chat_template_kwargs: further variables of the template.
             dry_run: give text and ids of each prompt, and compute nothing.
             sampling_params, use_tqdm, tokenization_kwargs, priority, on_error: as in `generate`.
+            lora_request, mm_processor_kwargs: unsupported so far unless None.
 
         Raises:
             RequestValidationError, RequestTypeError: no template, one that refuses the messages or takes too long, or bad messages.
@@ -298,6 +304,11 @@ class LLM:
                        kwargs: Mapping[str, Any] | None = None) -> list[R]:
         """Call a worker's method by name, or a function with the worker as its first argument; one result a worker, by rank.
 
+        Args:
+            method: its name, or a function.
+            timeout: seconds; None: as long as it takes.
+            args, kwargs: for it.
+
         Raises:
             AttributeError: workers have no such method.
             UnsupportedFeatureError: a timeout, with an executor that cannot interrupt a call (workers in this process).
@@ -308,9 +319,13 @@ class LLM:
         """How many workers there are."""
         return len(self.llm_engine.executor.call(_rank))
 
-    def apply_model(self, function: Callable[[Any], R]) -> list[R]:
-        """Call `function` with the torch module on every worker, in process; one result a worker."""
-        return self.llm_engine.executor.call(lambda worker: function(worker.model))
+    def apply_model(self, func: Callable[[Any], R]) -> list[R]:
+        """Call a function with the torch module on every worker, in process; one result a worker.
+
+        Args:
+            func: gets the module.
+        """
+        return self.llm_engine.executor.call(lambda worker: func(worker.model))
 
     def reset_prefix_cache(self) -> bool:
         """Forget cached prefixes. False, and nothing happens, while requests hold blocks."""

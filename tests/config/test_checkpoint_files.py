@@ -118,3 +118,14 @@ def test_end_tokens_come_from_both_files(tmp_path: Path) -> None:
 def test_overrides_are_on_top(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(BASE))
     assert overridden(read_config_file(tmp_path), {"vocab_size": 64})["vocab_size"] == 64
+
+
+@pytest.mark.parametrize(("given", "window"), [({}, 4096), ({"sliding_window": None}, None), ({"sliding_window": 8}, 8)])
+def test_a_null_says_something_where_the_field_may_be_none(given: dict, window: int | None) -> None:
+    import transformers
+
+    from kvloom_models.config import MistralConfig
+
+    raw = {**BASE, "intermediate_size": 8, "num_key_value_heads": None, **given}
+    assert parse_model_config(raw, MistralConfig).sliding_window == transformers.MistralConfig(**given).sliding_window == window
+    assert parse_model_config(raw, MistralConfig).num_key_value_heads == 2

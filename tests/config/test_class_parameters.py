@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -71,14 +70,13 @@ class Always(LogitsProcessor):
 
 
 @pytest.fixture(autouse=True)
-def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def module(monkeypatch: pytest.MonkeyPatch) -> None:
     """These classes as a module that can be named."""
     made = ModuleType("acme_classes")
     for cls in (NewestFirst, CountingWorker, Extension, Clash, Always):
         setattr(made, cls.__name__, cls)
     made.not_a_class = 3
     monkeypatch.setitem(sys.modules, "acme_classes", made)
-    yield
 
 
 @pytest.mark.parametrize("given", [NewestFirst, "acme_classes:NewestFirst", "acme_classes.NewestFirst"])
