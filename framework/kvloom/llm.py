@@ -327,8 +327,13 @@ class LLM:
         """
         return self.llm_engine.executor.call(lambda worker: func(worker.model))
 
-    def reset_prefix_cache(self) -> bool:
-        """Forget cached prefixes. False, and nothing happens, while requests hold blocks."""
+    def reset_prefix_cache(self, device: Any = None) -> bool:
+        """Forget cached prefixes. False, and nothing happens, while requests hold blocks.
+
+        Args:
+            device: unsupported so far unless None: prefixes are forgotten wherever they are.
+        """
+        _refuse_later(device=device)
         return self.llm_engine.reset_prefix_cache()
 
     def close(self) -> None:

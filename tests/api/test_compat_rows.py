@@ -13,7 +13,7 @@ import pytest
 
 from kvloom import LLM, SamplingParams
 from kvloom.config.compat import OTHER_METHODS
-from kvloom.errors import EngineClosedError, RequestTypeError, RequestValidationError, UnsupportedMethodError
+from kvloom.errors import EngineClosedError, RequestTypeError, RequestValidationError, UnsupportedFeatureError, UnsupportedMethodError
 from kvloom.running import RunningEngine
 from kvloom.testing.checkpoints import BOS
 
@@ -157,6 +157,8 @@ def test_reset_prefix_cache__forgets_beginnings(llm: LLM) -> None:
     cached = [llm.generate(prompt, ONE, use_tqdm=False)[0].num_cached_tokens for _ in range(2)]
     assert llm.reset_prefix_cache() is True
     assert (cached, llm.generate(prompt, ONE, use_tqdm=False)[0].num_cached_tokens) == ([0, 32], 0)
+    with pytest.raises(UnsupportedFeatureError, match="device='gpu' is not supported"):
+        llm.reset_prefix_cache(device="gpu")
 
 
 def test_repr__shows_the_model(llm: LLM, small_checkpoint: Path) -> None:

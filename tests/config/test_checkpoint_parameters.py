@@ -71,6 +71,7 @@ def test_hf_overrides__a_function_may_give_a_transformers_configuration(small_ch
 @pytest.mark.parametrize(("function", "message"), [
     (lambda c: None, "must return the configuration, it returned NoneType"), (lambda c: 3, "it returned int"),
     (lambda c: c.no_such_key, "the function raised AttributeError: config.json has no 'no_such_key'"),
+    (lambda c: {**c, (1, 2): 3}, "can only hold what JSON has"),
     (lambda c: {**c, "x": object()}, "can only hold what JSON has"), (lambda c: {**c, "x": float("nan")}, "can only hold what JSON has"),
 ])
 def test_hf_overrides__a_function_that_gives_no_configuration_is_refused(small_checkpoint: Path, function: Callable, message: str) -> None:

@@ -135,7 +135,32 @@ def test_trust_remote_code__decides_whether_python_files_are_fetched(small_check
                         lambda model, **options: seen.append("*.py" in options["allow_patterns"]) or str(small_checkpoint))
     with engine("acme/tiny", trust_remote_code=trust) as llm:
         assert len(scores(llm)[0]) == 6
-    assert seen == [python]
+    assert set(seen) == {python}
+
+
+def test_trust_remote_code__true_fetches_the_code_that_a_snapshot_of_the_cache_lacks(small_checkpoint: Path, tmp_path: Path, canary: Path,
+                                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    with_code = custom(small_checkpoint, tmp_path / "m", canary, config=False)
+
+    def snapshot(model: str, *, local_files_only: bool, **_: Any) -> str:
+        return str(small_checkpoint if local_files_only else with_code)
+
+    def without_network(model: str, *, local_files_only: bool, **_: Any) -> str:
+        if not local_files_only:
+            raise OSError("no network")
+        return str(small_checkpoint)
+
+    for download, text in ((snapshot, b"HI"), (without_network, b"hi")):
+        monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+        with engine("acme/tiny", trust_remote_code=True) as llm:
+            assert run(llm, "hi")[0].prompt_token_ids == [BOS, *text]
+
+
+def test_trust_remote_code__true_is_said_in_the_log(small_checkpoint: Path, capsys) -> None:
+    for given, count in ((False, 0), (True, 1)):
+        with engine(small_checkpoint, trust_remote_code=given) as llm:
+            assert run(llm, "hi")[0].prompt_token_ids == [BOS, *b"hi"]
+        assert capsys.readouterr().err.count("trust_remote_code=True: code that comes with the checkpoint may run") == count
 
 
 def test_code_revision__goes_to_the_gate(small_checkpoint: Path, tmp_path: Path, canary: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,9 +60,11 @@ def _from_hub(model: str, revision: str | None, download_dir: str | None, token:
                                       allow_patterns=[*FILES, *(CODE_FILES if fetch.with_code else ())],
                                       ignore_patterns=list(fetch.ignore_patterns), local_files_only=offline))
 
+    cached: Path | None = None
     try:
-        cached = snapshot(offline=True)
-        if any(True for pattern in fetch.usable for _ in cached.glob(pattern)):
+        found = snapshot(offline=True)
+        cached = found if any(True for pattern in fetch.usable for _ in found.glob(pattern)) else None
+        if cached is not None and (not fetch.with_code or any(cached.glob("*.py"))):
             return cached
     except LocalEntryNotFoundError:
         pass  # not in the cache: it is fetched below
@@ -71,6 +73,8 @@ def _from_hub(model: str, revision: str | None, download_dir: str | None, token:
     try:
         return snapshot(offline=False)
     except Exception as error:
+        if cached is not None:  # it was asked for code too: whether there is any in the repository can't be known here
+            return cached
         at = f" at revision {revision!r}" if revision else ""
         reason = _without_secret(str(error), token)[:300]
         raise ModelError(f"{model!r}{at} is no directory here, is not in the hub's cache and cannot be fetched "

@@ -68,6 +68,11 @@ OTHER_ARGS: Mapping[str, OtherArg] = MappingProxyType({
     "tokenizer_pool_type": _idle("there is no tokenizer pool", "ray", str | type),
     "tokenizer_pool_extra_config": _idle("there is no tokenizer pool", None, Settings | str),
     "logits_processor_pattern": _idle(_SERVER, None, str | None),
+    "quantization_config": _later("use quantization, or hf_overrides={'quantization_config': ...}"),
+    "offload_group_size": _later("use cpu_offload_gb", 0),
+    "offload_num_in_group": _later("use cpu_offload_gb", 1),
+    "offload_prefetch_step": _later("use cpu_offload_gb", 1),
+    "offload_params": _later("use cpu_offload_gb"),
     "runner": _later("leave it at 'auto'", "auto"),
     "convert": _later("leave it at 'auto'", "auto"),
     # KV cache
@@ -85,6 +90,11 @@ OTHER_ARGS: Mapping[str, OtherArg] = MappingProxyType({
     "num_lookahead_slots": _idle("room is taken when tokens are planned", 0, Count),
     "disable_cascade_attn": _idle("there is no cascade attention", False, bool),
     "async_scheduling": _idle("a worker in this process leaves nothing to overlap", False, bool | None),
+    # attention and outputs
+    "attention_config": _later("use attention_backend"),
+    "logprobs_mode": _later("log-probabilities are those of the model's own logits", "raw_logprobs"),
+    "return_sampling_mask": _later("leave it at False", False),
+    "enable_return_routed_experts": _later("leave it at False", False),
     # parallel and executor
     "data_parallel_size": _later("start one LLM a process", 1),
     "enable_expert_parallel": _later("leave it at False", False),
@@ -101,6 +111,10 @@ OTHER_ARGS: Mapping[str, OtherArg] = MappingProxyType({
     "max_prompt_adapters": _later("no adapters so far", 1),
     "max_prompt_adapter_token": _later("no adapters so far", 0),
     # media, speculation, structured output
+    "allowed_media_domains": _later("text only so far"),
+    "spec_method": _later("leave it out"),
+    "spec_model": _later("leave it out"),
+    "spec_tokens": _later("leave it out"),
     "disable_mm_preprocessor_cache": _idle("prompts have no media", False, bool),
     "disable_chunked_mm_input": _idle("prompts have no media", False, bool),
     "enable_prompt_embeds": _later("give text or token prompts", False),
@@ -109,6 +123,7 @@ OTHER_ARGS: Mapping[str, OtherArg] = MappingProxyType({
     "structured_outputs_config": _later("leave it out"),
     # observability and transfer
     "show_hidden_metrics_for_version": _idle("no metric is hidden", None, str | None),
+    "profiler_config": _later("leave it out"),
     "otlp_traces_endpoint": _later("use the observer hooks"),
     "collect_detailed_traces": _later("use the observer hooks"),
     "kv_transfer_config": _later("leave it out"),

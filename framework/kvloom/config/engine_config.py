@@ -97,6 +97,8 @@ class EngineConfig:
             notes += [f"{k}={v!r} has no effect: {state.reason}" for k, v in values.items()
                       if SECTION_OF[k] == name and isinstance(state := section.state(k), NoEffect)
                       and v != section.model_fields[k].get_default()]
+        if sections["model"].trust_remote_code:
+            notes.append("trust_remote_code=True: code that comes with the checkpoint may run in this process")
         return cls(**sections, origins=origins, notes=tuple(notes))
 
     @property

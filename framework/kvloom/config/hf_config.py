@@ -53,7 +53,7 @@ def overridden(raw: Mapping[str, Any], override: Override | None) -> dict[str, A
         return dict(raw)
     changed = {**raw, **override} if isinstance(override, Mapping) else _called(override, raw)
     try:
-        json.dumps(changed, allow_nan=False)
+        changed = json.loads(json.dumps(changed, allow_nan=False))  # a copy: the function may keep what it gave
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"hf_overrides: config.json can only hold what JSON has: {str(error)[:200]}") from error
     return _with_rope(raw, changed)
