@@ -7,21 +7,19 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, ParamSpec, Self, TypeVar
 
 from kvloom.config import EngineConfig
-from kvloom.config.compat import OTHER_METHODS
-from kvloom.errors import EngineClosedError, RequestValidationError, UnsupportedFeatureError, UnsupportedMethodError
+from kvloom.errors import EngineClosedError, RequestValidationError, UnsupportedFeatureError
 from kvloom.live_request import Call
+from kvloom.other_versions import OtherVersions
 from kvloom.outputs import RequestOutput
 from kvloom.param_checks import check_int
 from kvloom.params import SamplingParams
 from kvloom.progress import Progress
 from kvloom.prompts import LazyPrompt, legacy_prompts, split_prompts
 from kvloom.request_arguments import OnError, check_on_error, one_each, pair_up, priorities_each
-from kvloom.request_counter import RequestCounter
 from kvloom.running import RunningEngine
 from kvloom.start_report import PhaseTimer
 from kvloom.startup import start_engine
@@ -45,7 +43,7 @@ def _warn_positional(init: Callable[P, None]) -> Callable[P, None]:
     return wrapper
 
 
-class LLM:
+class LLM(OtherVersions):
     """A model, its tokenizer and its KV cache, ready to generate. Parameter names and meanings are vLLM's; docs/api.md lists
     each with its state. Every keyword of docs/api.md is taken, unknown ones are a TypeError.
 
@@ -119,36 +117,6 @@ class LLM:
         if self._engine is None:
             raise EngineClosedError("this LLM was closed; make a new one")
         return self._engine
-
-    @property
-    def engine_class(self) -> type[RunningEngine]:
-        """Class of `llm_engine`."""
-        return type(self.llm_engine)
-
-    @property
-    def request_counter(self) -> RequestCounter:
-        """Its ``counter`` is the number of the next request, which is its ``request_id``."""
-        return self.llm_engine.numbers
-
-    @property
-    def default_sampling_params(self) -> dict[str, Any]:
-        """What generation_config.json and ``override_generation_config`` changed of ``SamplingParams()``: field -> value."""
-        ours, plain = self.get_default_sampling_params(), SamplingParams()
-        return {f.name: getattr(ours, f.name) for f in fields(ours) if getattr(ours, f.name) != getattr(plain, f.name)}
-
-    def __repr__(self) -> str:
-        """The model's name, and its layers as torch shows them."""
-        if self._engine is None:
-            return "LLM(closed)"
-        tree = "\n".join(self._engine.executor.call(_tree))
-        return f"LLM(model={self._engine.model_name!r})\n{tree}"
-
-    def __getattr__(self, name: str) -> Any:
-        """Only asked for what is not there. Raises `UnsupportedMethodError` for a method of another version of vLLM."""
-        instead = OTHER_METHODS.get(name)
-        if instead is not None:
-            raise UnsupportedMethodError(f"LLM.{name} is not supported; {instead}")
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def generate(
         self,
@@ -315,10 +283,6 @@ class LLM:
         """
         return self.llm_engine.executor.call(method, timeout, args, kwargs)
 
-    def get_world_size(self) -> int:
-        """How many workers there are."""
-        return len(self.llm_engine.executor.call(_rank))
-
     def apply_model(self, func: Callable[[Any], R]) -> list[R]:
         """Call a function with the torch module on every worker, in process; one result a worker.
 
@@ -399,14 +363,6 @@ def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _cut(items: list[Any], tokenization_kwargs: Mapping[str, Any] | None) -> list[Any]:
     truncation = read_truncation(tokenization_kwargs)
     return items if truncation is None else [cut_prompt(item, truncation) for item in items]
-
-
-def _rank(worker: Any) -> int:
-    return int(worker.rank)
-
-
-def _tree(worker: Any) -> str:
-    return repr(worker.model)
 
 
 def _unless_failed(output: RequestOutput, on_error: OnError) -> RequestOutput:
