@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from kvloom.interfaces.state import KVGroup
 from kvloom.interfaces.step import Step, StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class HostTierReport:
+    """Host memory for KV blocks that leave the device, and what moving them costs there.
+
+    Args:
+        num_blocks: host blocks that the worker allocates; their ids are 1 .. num_blocks.
+        block_bytes: one block over all layers of a group.
+        bytes_per_s: bandwidth between device and host, one way.
+        tokens_per_s: that the device computes in a prompt.
+    """
+
+    num_blocks: int
+    block_bytes: int
+    bytes_per_s: float
+    tokens_per_s: float
+
+    def worth_tokens(self, num_groups: int) -> int:
+        """Tokens of a column (a block of each group) from which on moving it out and in costs less than computing them again."""
+        return max(1, math.ceil(2 * num_groups * self.block_bytes / self.bytes_per_s * self.tokens_per_s))
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +42,7 @@ class WorkerReport:
         manifest_hash: hash of the plugins it resolved; must equal the engine's.
         timings_s: (phase, seconds), for the start report.
         notes: lines for the start report: chosen backends, why others were refused, threads.
+        host_tier: where blocks go that leave the device; None recomputes their tokens.
     """
 
     rank: int
@@ -28,6 +51,7 @@ class WorkerReport:
     manifest_hash: str
     timings_s: tuple[tuple[str, float], ...] = ()
     notes: tuple[str, ...] = ()
+    host_tier: HostTierReport | None = None
 
 
 class Worker(Protocol):
