@@ -101,6 +101,7 @@ OTHER_ARGS: Mapping[str, OtherArg] = MappingProxyType({
     "show_hidden_metrics_for_version": _idle("no metric is hidden"),
     "otlp_traces_endpoint": _later("use the observer hooks"),
     "collect_detailed_traces": _later("use the observer hooks"),
+    "profiler_config": _later("use profile_dir"),
     "kv_transfer_config": _later("leave it out"),
     "kv_events_config": _later("leave it out"),
 })

@@ -116,8 +116,8 @@ class HostTier:
         """
         blocks = sorted([*self._free, *self._leaving.values(), *self._moving.values(), *self._found.values()])
         if blocks != list(range(1, self.num_blocks + 1)) or self._pinned or self._in:
-            raise InternalError(f"the host tier's blocks 1 to {self.num_blocks} should be in one place each: free {self._free}, leaving "
-                                f"{self._leaving}, moving {self._moving}, found {self._found}, pinned {self._pinned}")
+            raise InternalError(f"the host tier's blocks 1 to {self.num_blocks} should be in one place each: free {self._free}, "
+                                f"leaving {self._leaving}, moving {self._moving}, found {self._found}, pinned {self._pinned}")
         in_steps = sorted(move.host_block for step in in_flight for move in step.swap_out)
         if in_steps != sorted(self._moving.values()) or [m.host_block for m in self._out] != list(self._leaving.values()):
             raise InternalError(f"host blocks {in_steps} are on their way and {self._out} will be, but the tier has moving "

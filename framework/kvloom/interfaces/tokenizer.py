@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 
 class Tokenizer(ABC):
@@ -14,6 +14,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def __init__(self, directory: Path, *, trust_remote_code: bool = False) -> None:
         """Load from a directory. Raises `ModelError` that names the files looked at."""
+
+    @classmethod
+    def adopt(cls, underlying: Any) -> Self | None:
+        """From the library's own object (``LLM.set_tokenizer``). None, as here, when it is not one of this library."""
+        return None
 
     @property
     @abstractmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -55,8 +56,8 @@ class WorkerReport:
 
 
 class Worker(Protocol):
-    """One rank: a model shard, its weights and its KV tensors. Methods are called from one thread, in this order:
-    `load`, `allocate`, then `execute` any number of times, then `close`."""
+    """One rank: a model shard, its weights and its KV tensors. Methods are called one at a time, in this order: `load`, `allocate`,
+    then `execute` and the others any number of times, then `close`. Between `sleep` and `wake_up` nothing is executed."""
 
     rank: int
 
@@ -76,6 +77,26 @@ class Worker(Protocol):
         When it raises, its deltas count as taken over and nothing else has changed: the same step, or `Step.only` of it, may come
         again under the same id and then only computes.
         """
+
+    def sleep(self, level: int) -> None:
+        """Give memory back. What is given back already stays so.
+
+        Args:
+            level: 1 drops the KV tensors, and keeps the weights on the host: where they are there anyway nothing is moved. 2 drops both.
+        """
+
+    def wake_up(self, tags: Sequence[str]) -> None:
+        """Take memory again; what is there already is left alone. When it raises, `sleep` may be called again.
+
+        Args:
+            tags: of ``"weights"`` (as they were, or as `load` loads them) and ``"kv_cache"`` (with as many blocks as before, empty).
+        """
+
+    def start_profile(self, directory: str, prefix: str) -> None:
+        """Record what steps do. Raises `EngineStateError` when that is being done."""
+
+    def stop_profile(self) -> str:
+        """Write a Chrome trace into the directory; its file. Raises `EngineStateError` when nothing is recorded."""
 
     def close(self) -> None:
         """Free everything."""

@@ -49,6 +49,11 @@ def host_memory(root: Path = Path("/")) -> DeviceMemory:
     return DeviceMemory(total, free, _numbers(root / "proc/self/status", scale=1024).get("RssAnon:", 0))
 
 
+def held_bytes(worker: object) -> int:
+    """For ``Executor.call``: anonymous memory of the worker's process."""
+    return host_memory().own_bytes
+
+
 def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
     """(limit, bytes left) of every control group that limits memory."""
     for line in _lines(root / "proc/self/cgroup"):
