@@ -82,7 +82,7 @@ class Worker(Protocol):
         """Give memory back. What is given back already stays so.
 
         Args:
-            level: 1 drops the KV tensors, and keeps the weights on the host: where they are there anyway nothing is moved. 2 drops both.
+            level: 1 drops the KV tensors and keeps the weights on the host, where they may be anyway. 2 drops both.
         """
 
     def wake_up(self, tags: Sequence[str]) -> None:

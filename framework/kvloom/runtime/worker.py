@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from kvloom.runtime.batch import BatchState
 from kvloom.runtime.builder import BuiltModel, ModelSource, build_model
 from kvloom.runtime.comm import LocalComm
 from kvloom.runtime.host_blocks import HostBlocks
-from kvloom.runtime.host_memory import host_memory
+from kvloom.runtime.host_memory import host_memory, release_freed
 from kvloom.runtime.kv_tensors import LayerShapes, allocate
 from kvloom.runtime.logits import NO_PROCESSORS, LogitsPipeline, SequenceProcessors, make_processors
 from kvloom.runtime.memory import MemoryPlan, memory_needs, plan_memory
@@ -184,7 +183,7 @@ class DeviceWorker:
             self._built = self._aside = None
         elif self.host_link is not None and self._aside is None:
             self._aside = HostWeights(weights_of(self._model().model), self._device)
-        gc.collect()  # modules and their parameters refer to each other
+        release_freed()
 
     def wake_up(self, tags: Sequence[str]) -> None:
         """See `Worker.wake_up`.
