@@ -23,6 +23,7 @@ from typing import Any
 import kvloom.errors
 from kvloom.config import OTHER_ARGS, RENAMED, SECTIONS, NoEffect, Unsupported
 from kvloom.errors import RequestError, UnsupportedFeatureError
+from kvloom.maintenance import Maintenance
 from kvloom.outputs import CompletionOutput, Logprob, RequestOutput
 from kvloom.params import SamplingParams
 
@@ -88,6 +89,21 @@ def output_fields(cls: type, prefix: str) -> str:
     rows, meanings = ["| field | meaning | test |", "|---|---|---|"], _meanings(cls)
     rows += [f"| `{field.name}` | {meanings[field.name]} | {_test(f'{prefix}_{field.name}', 'tests/api/')} |" for field in fields(cls)]
     return "\n".join(rows)
+
+
+def methods(cls: type) -> str:
+    """Public methods that a class defines, with the first sentence of their docstrings and their tests."""
+    rows = ["| method | meaning | test |", "|---|---|---|"]
+    for name, method in vars(cls).items():
+        if inspect.isfunction(method) and not name.startswith("_"):
+            arguments = ", ".join(_argument(p) for p in list(inspect.signature(method).parameters.values())[1:])
+            meaning = " ".join((inspect.getdoc(method) or "").partition("\n\n")[0].split())
+            rows.append(f"| `{name}({arguments})` | {_cell(meaning)} | {_test(name, 'tests/lifecycle/')} |")
+    return "\n".join(rows)
+
+
+def _argument(parameter: inspect.Parameter) -> str:
+    return parameter.name if parameter.default is parameter.empty else f"{parameter.name}={parameter.default!r}"
 
 
 def error_tree() -> str:
@@ -182,6 +198,7 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "request-output": ("docs/api.md", lambda: output_fields(RequestOutput, "request_output")),
     "completion-output": ("docs/api.md", lambda: output_fields(CompletionOutput, "completion_output")),
     "logprob": ("docs/api.md", lambda: output_fields(Logprob, "logprob")),
+    "maintenance": ("docs/api.md", lambda: methods(Maintenance)),
     "errors": ("docs/errors.md", error_tree),
     "transcript": ("README.md", transcript),
 }

@@ -91,7 +91,22 @@ def test_collective_rpc__refuses_timeouts_that_are_none(llm: LLM, timeout: objec
         llm.collective_rpc(lambda worker: 1, timeout=timeout)
 
 
+def test_apply_model__gives_the_torch_module_and_what_the_function_returns(llm: LLM) -> None:
+    (weights,) = llm.apply_model(lambda model: sum(p.nbytes for p in model.parameters()))
+    assert weights == llm.llm_engine.plan.needs.weights_bytes
+    with pytest.raises(ZeroDivisionError):
+        llm.apply_model(lambda model: 1 / 0)
+    llm.apply_model(lambda model: [p.data.zero_() for p in model.parameters()])
+    assert {i for ids in tokens(llm) for i in ids} == {0}, "a model of zeros gives the first token only"
+
+
 # -- tokenizer
+
+def test_get_tokenizer__is_the_librarys_own_object(llm: LLM, small_checkpoint: Path) -> None:
+    assert llm.get_tokenizer().encode("ab") == [BOS, *b"ab"]
+    with engine(small_checkpoint, skip_tokenizer_init=True) as bare, pytest.raises(RequestValidationError, match="skip_tokenizer_init"):
+        bare.get_tokenizer()
+
 
 def other_tokenizer(directory: Path, **special: str):
     """transformers' object of the test tokenizer, in which letters have other ids and `special` tokens other roles."""
