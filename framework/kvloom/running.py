@@ -291,6 +291,7 @@ class RunningEngine:
         with self._idle("sleep()"):
             if not self.config.device.enable_sleep_mode:
                 raise EngineStateError("sleep() needs LLM(..., enable_sleep_mode=True)")
+            self.executor.check_ready()
             if self.sleeper.state is SleepState.AWAKE and not self.reset_prefix_cache():
                 raise InternalError("no request is under way, but KV blocks are held")
             self.sleeper.sleep(level)
@@ -298,6 +299,7 @@ class RunningEngine:
     def wake_up(self, tags: Iterable[str] | None) -> bool:
         """See `LLM.wake_up`."""
         with self._alone("wake_up()"):
+            self.executor.check_ready()
             return self.sleeper.wake_up(tags)
 
     def set_tokenizer(self, tokenizer: Any) -> None:

@@ -6,7 +6,7 @@ import pytest
 from core_helpers import Harness
 
 from kvloom.core.host_tier import HostTier
-from kvloom.errors import InternalError
+from kvloom.errors import ConfigError, InternalError
 from kvloom.interfaces import HostTierReport, Step
 
 FAST_LINK = HostTierReport(num_blocks=64, block_bytes=1000, bytes_per_s=1e9, tokens_per_s=1000.0)
@@ -141,6 +141,12 @@ def test_moving_is_chosen_where_it_costs_less_than_computing(bytes_per_s: float,
     """A column of one block of 1000 bytes is moved out and in: 2000 bytes."""
     tier = HostTier.of(HostTierReport(5, 1000, bytes_per_s, tokens_per_s), num_groups=1, block_tokens=4)
     assert (None if tier is None else tier.worth_tokens) == worth
+
+
+@pytest.mark.parametrize("figures", [(-1, 1, 1.0, 1.0), (1, 0, 1.0, 1.0), (1, 1, 0.0, 1.0), (1, 1, float("nan"), 1.0), (1, 1, 1.0, float("inf"))])
+def test_a_host_tier_without_figures_is_refused(figures: tuple) -> None:
+    with pytest.raises(ConfigError, match="positive figures"):
+        HostTierReport(*figures)
 
 
 def test_a_block_in_two_places_is_noticed() -> None:

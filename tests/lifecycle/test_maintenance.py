@@ -62,6 +62,27 @@ def test_collective_rpc__that_is_late_raises_and_the_engine_waits_for_its_end(ll
     assert tokens(llm) == expected
 
 
+def test_collective_rpc__that_is_late_delays_waking_up_and_spoils_nothing(llm: LLM) -> None:
+    expected, may_end = tokens(llm), threading.Event()
+    llm.sleep(2)
+    try:
+        with pytest.raises(TimeoutError):
+            llm.collective_rpc(lambda worker: may_end.wait(60), timeout=0.05)
+        with pytest.raises(EngineStateError, match="late is still running"):
+            llm.wake_up()
+    finally:
+        may_end.set()
+    join_late_calls()
+    assert llm.wake_up()
+    assert tokens(llm) == expected
+
+
+def join_late_calls() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "kvloom-call":
+            thread.join(60)
+
+
 def test_collective_rpc__that_is_late_leaves_requests_under_way_alone(llm: LLM) -> None:
     may_end = threading.Event()
     expected = tokens(llm, [[1, 2], [3]])
@@ -70,9 +91,7 @@ def test_collective_rpc__that_is_late_leaves_requests_under_way_alone(llm: LLM) 
     with pytest.raises(TimeoutError):
         llm.collective_rpc(lambda worker: may_end.wait(60), timeout=0.05)
     may_end.set()
-    for thread in threading.enumerate():
-        if thread.name == "kvloom-call":
-            thread.join(60)
+    join_late_calls()
     assert [list(o.outputs[0].token_ids) for o in (first, *running)] == expected
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from kvloom.errors import ConfigError
 from kvloom.interfaces.state import KVGroup
 from kvloom.interfaces.step import Step, StepResult
 
@@ -20,12 +21,20 @@ class HostTierReport:
         block_bytes: one block over all layers of a group.
         bytes_per_s: bandwidth between device and host, one way.
         tokens_per_s: that the device computes in a prompt.
+
+    Raises:
+        ConfigError: a figure that is none.
     """
 
     num_blocks: int
     block_bytes: int
     bytes_per_s: float
     tokens_per_s: float
+
+    def __post_init__(self) -> None:
+        figures = (self.block_bytes, self.bytes_per_s, self.tokens_per_s)
+        if self.num_blocks < 0 or not all(0 < figure < math.inf for figure in figures):
+            raise ConfigError(f"a worker's host tier needs positive figures, got {self}")
 
     def worth_tokens(self, num_groups: int) -> int:
         """Tokens of a column (a block of each group) from which on moving it out and in costs less than computing them again."""
