@@ -55,6 +55,10 @@ def test_prefixes_that_fell_out_of_the_device_are_found_on_the_host() -> None:
     assert again.output_token_ids == h.expected(again)
     assert [len(s.swap_in) for s in h.executor.steps if s.swap_in] == [3]
     assert moved(h)[1] == 3 * FAST_LINK.block_bytes
+    third = h.add(range(16), max_tokens=3)
+    h.run()
+    assert third.metrics.num_cached_tokens == 12
+    assert moved(h)[1] == 3 * FAST_LINK.block_bytes, "what came back is found on the device"
 
 
 def test_what_comes_back_and_leaves_again_is_not_moved_twice() -> None:
