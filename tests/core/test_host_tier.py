@@ -62,7 +62,8 @@ def test_prefixes_that_fell_out_of_the_device_are_found_on_the_host() -> None:
 
 
 def test_what_comes_back_and_leaves_again_is_not_moved_twice() -> None:
-    h = Harness(host_tier=FAST_LINK, num_blocks=9, max_num_batched_tokens=64)
+    heard: list = []
+    h = Harness(host_tier=FAST_LINK, num_blocks=9, max_num_batched_tokens=64, observers=[heard.append])
     for _ in range(3):
         for start in (0, 100):
             h.add(range(start, start + 28), max_tokens=1)
@@ -70,6 +71,7 @@ def test_what_comes_back_and_leaves_again_is_not_moved_twice() -> None:
     sent = [move.host_block for s in h.executor.steps for move in s.swap_out]
     assert len(sent) == len(set(sent)) > 0
     assert moved(h)[1] > moved(h)[0]
+    assert [(s.blocks_out, s.blocks_in) for s in heard] == [(len(s.swap_out), len(s.swap_in)) for s in h.executor.steps]
 
 
 def test_the_oldest_content_makes_room_but_none_that_is_moving_or_pinned() -> None:
