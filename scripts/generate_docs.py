@@ -110,7 +110,7 @@ def other_methods() -> str:
 
 
 def _public_members() -> dict[str, Any]:
-    """What `LLM` and its base define, in the order of the source, without the flags."""
+    """What `LLM` and its bases define, in the order of the source, without the flags."""
     defined = (name for cls in LLM.__mro__[:-1] for name in vars(cls))
     return {name: getattr(LLM, name) for name in defined if not name.startswith("_") and not name.isupper()}
 

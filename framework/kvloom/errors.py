@@ -21,6 +21,7 @@ KvloomError
 │   │   └── LocalMediaError (RuntimeError)  a local media file that may not be read
 │   ├── RequestTypeError (TypeError)       has .parameter and .value
 │   └── RequestFailedError                 it failed while it ran; the cause is the plugin's or the model's exception
+├── EngineStateError (RuntimeError)        not now: it sleeps, requests are under way, a late call still runs, ...
 ├── EngineClosedError                      the engine was closed
 └── InternalError                          a bug of ours; please report it with the traceback
 
@@ -164,6 +165,10 @@ class RequestTypeError(_ArgumentError, TypeError):
 
 class RequestFailedError(RequestError):
     """A request failed while it ran. ``__cause__`` is what went wrong; the other requests go on."""
+
+
+class EngineStateError(KvloomError, RuntimeError):
+    """The engine cannot do this in the state that it is in. The message names the state and what leads out of it; nothing was done."""
 
 
 class EngineClosedError(KvloomError):

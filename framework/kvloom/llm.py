@@ -8,11 +8,12 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, ParamSpec, Self, TypeVar
+from typing import Any, ClassVar, ParamSpec, Self
 
 from kvloom.config import EngineConfig
 from kvloom.errors import EngineClosedError, RequestValidationError, UnsupportedFeatureError
 from kvloom.live_request import Call
+from kvloom.maintenance import Maintenance
 from kvloom.other_versions import OtherVersions
 from kvloom.outputs import RequestOutput
 from kvloom.param_checks import check_int
@@ -27,7 +28,6 @@ from kvloom.text.chat import ChatOptions, ContentFormat, RenderedChat, split_con
 from kvloom.text.tokenization import cut_prompt, read_truncation
 
 P = ParamSpec("P")
-R = TypeVar("R")
 _NOT_GIVEN: Any = object()
 
 
@@ -43,7 +43,7 @@ def _warn_positional(init: Callable[P, None]) -> Callable[P, None]:
     return wrapper
 
 
-class LLM(OtherVersions):
+class LLM(Maintenance, OtherVersions):
     """A model, its tokenizer and its KV cache, ready to generate. Parameter names and meanings are vLLM's; docs/api.md lists
     each with its state. Every keyword of docs/api.md is taken, unknown ones are a TypeError.
 
@@ -263,42 +263,6 @@ class LLM(OtherVersions):
     def get_default_sampling_params(self) -> SamplingParams:
         """What ``sampling_params=None`` means: what generation_config.json says, on top of ``SamplingParams()``. A new object."""
         return self.llm_engine.defaults.clone()
-
-    def get_tokenizer(self) -> Any:
-        """The tokenizer library's own object."""
-        return self.llm_engine.rules.need_tokenizer("get_tokenizer()").underlying
-
-    def collective_rpc(self, method: str | Callable[..., R], timeout: float | None = None, args: Sequence[Any] = (),
-                       kwargs: Mapping[str, Any] | None = None) -> list[R]:
-        """Call a worker's method by name, or a function with the worker as its first argument; one result a worker, by rank.
-
-        Args:
-            method: its name, or a function.
-            timeout: seconds; None: as long as it takes.
-            args, kwargs: for it.
-
-        Raises:
-            AttributeError: workers have no such method.
-            UnsupportedFeatureError: a timeout, with an executor that cannot interrupt a call (workers in this process).
-        """
-        return self.llm_engine.executor.call(method, timeout, args, kwargs)
-
-    def apply_model(self, func: Callable[[Any], R]) -> list[R]:
-        """Call a function with the torch module on every worker, in process; one result a worker.
-
-        Args:
-            func: gets the module.
-        """
-        return self.llm_engine.executor.call(lambda worker: func(worker.model))
-
-    def reset_prefix_cache(self, device: Any = None) -> bool:
-        """Forget cached prefixes. False, and nothing happens, while requests hold blocks.
-
-        Args:
-            device: unsupported so far unless None: prefixes are forgotten wherever they are.
-        """
-        _refuse_later(device=device)
-        return self.llm_engine.reset_prefix_cache()
 
     def close(self) -> None:
         """Give back the model's and the cache's memory. Calling it twice is fine."""

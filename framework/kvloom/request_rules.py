@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
@@ -24,10 +24,15 @@ LONGEST_TOKEN_CHARACTERS = 128
 
 @dataclass(frozen=True, slots=True)
 class EndTokens:
-    """Tokens that end a text: the tokenizer's own, and further ones of generation_config."""
+    """Tokens that end a text: the tokenizer's own, and further ones of generation_config.
+
+    Args:
+        configured: what config.json and generation_config say, whatever the tokenizer.
+    """
 
     eos_token_id: int | None
     extra: frozenset[int]
+    configured: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, end_token_ids: Sequence[int], tokenizer: Tokenizer | None) -> EndTokens:
@@ -35,7 +40,7 @@ class EndTokens:
         eos = tokenizer.eos_token_id if tokenizer is not None else None
         if eos is None and end_token_ids:
             eos = end_token_ids[0]
-        return cls(eos, frozenset(end_token_ids) - {eos})
+        return cls(eos, frozenset(end_token_ids) - {eos}, tuple(end_token_ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,14 @@ class RequestRules:
             raise RequestValidationError(f"Unable to get tokenizer because skip_tokenizer_init is True, and {what} need one; "
                                          "give prompt_token_ids", parameter, what)
         return self.tokenizer
+
+    def with_tokenizer(self, tokenizer: Tokenizer) -> RequestRules:
+        """The same rules with another tokenizer. Raises `RequestValidationError` when it knows ids that the model does not."""
+        if tokenizer.vocab_size > self.vocab_size:
+            raise RequestValidationError(f"the tokenizer knows token ids up to {tokenizer.vocab_size - 1}, the model's are 0 to "
+                                         f"{self.vocab_size - 1}; give the tokenizer that the model was trained with", "tokenizer",
+                                         tokenizer.vocab_size)
+        return replace(self, tokenizer=tokenizer, end_tokens=EndTokens.of(self.end_tokens.configured, tokenizer))
 
     def specs(self, prompt: ParsedPrompt, params: SamplingParams, number: int, priority: int) -> list[RequestSpec]:
         """One sequence a completion; the first is the leader, whose id the others still need.

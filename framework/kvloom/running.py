@@ -13,6 +13,7 @@ from kvloom.config import EngineConfig
 from kvloom.core import Engine, Request, RequestSpec
 from kvloom.errors import (
     EngineClosedError,
+    EngineStateError,
     InternalError,
     KvloomError,
     RequestError,
@@ -29,11 +30,14 @@ from kvloom.params import SamplingParams
 from kvloom.prompts import ParsedPrompt, parse_prompt
 from kvloom.request_counter import RequestCounter
 from kvloom.request_rules import RequestRules
+from kvloom.runtime.host_memory import held_bytes
+from kvloom.sleep import Sleeper, SleepState
 from kvloom.start_report import StartReport
 from kvloom.text.chat import ChatFormatter
 from kvloom.text.output import request_output
 from kvloom.text.sequence_text import SequenceText
 from kvloom.text.templates import TemplateRenderer
+from kvloom.text.tokenizer import adopt_tokenizer
 
 if TYPE_CHECKING:
     from kvloom.runtime.memory import MemoryPlan
@@ -57,6 +61,7 @@ class RunningEngine:
                  defaults: SamplingParams, plan: MemoryPlan, report: StartReport) -> None:
         self.config, self.engine, self.executor, self.plugins = config, engine, executor, plugins
         self.rules, self.defaults, self.plan, self.report = rules, defaults, plan, report
+        self.sleeper = Sleeper(executor, lambda: sum(executor.call(held_bytes)))
         self._chat: ChatFormatter | None = None
         self._changed: deque[Request] = deque()  # by steps, and not looked at yet
         self._is_busy = self._is_closed = False
@@ -100,6 +105,20 @@ class RunningEngine:
         finally:
             self._is_busy = False
 
+    @contextmanager
+    def _idle(self, what: str) -> Iterator[None]:
+        """For what no request may be under way."""
+        with self._alone(what):
+            if self._live:
+                raise EngineStateError(f"{what} has to wait: {len(self._live)} sequences are under way; let their calls end first")
+            while self.engine.has_work:  # steps in flight of requests that were forgotten
+                self.engine.step()
+            yield
+
+    def _check_ready(self) -> None:
+        self.sleeper.check_awake()
+        self.executor.check_ready()
+
     def stats(self) -> Mapping[str, float]:
         """See `EngineInfo`."""
         scheduler = self.engine.scheduler
@@ -125,8 +144,10 @@ class RunningEngine:
 
         Raises:
             RequestError, UnsupportedFeatureError: one of them cannot be served, and `return_errors` is False.
+            EngineStateError: it sleeps, or a late call still runs.
         """
         with self._alone("submit"):
+            self._check_ready()
             ready: list[tuple[LiveRequest, list[RequestSpec]]] = []
             refused: list[tuple[LiveRequest, KvloomError]] = []
             for i, (prompt, sampling, priority) in enumerate(zip(prompts, params, priorities, strict=True)):
@@ -201,8 +222,10 @@ class RunningEngine:
 
         Raises:
             InternalError: there is nothing to do, so whoever waits would wait for ever.
+            EngineStateError: a late call still runs; no request has ended.
         """
         with self._alone("a step"):
+            self._check_ready()
             if not self.has_work:
                 raise InternalError("a call waits for requests, but the engine has none")
             if not self._changed:
@@ -260,9 +283,50 @@ class RunningEngine:
         for live in list(call.pending.values()):
             self._forget(live)
 
+    # -- between requests
+
     def reset_prefix_cache(self) -> bool:
         """See `LLM.reset_prefix_cache`."""
         return self.engine.scheduler.forget_prefixes()
+
+    def sleep(self, level: int) -> None:
+        """See `LLM.sleep`."""
+        with self._idle("sleep()"):
+            if not self.config.device.enable_sleep_mode:
+                raise EngineStateError("sleep() needs LLM(..., enable_sleep_mode=True)")
+            self.executor.check_ready()
+            if self.sleeper.state is SleepState.AWAKE and not self.reset_prefix_cache():
+                raise InternalError("no request is under way, but KV blocks are held")
+            self.sleeper.sleep(level)
+
+    def wake_up(self, tags: Iterable[str] | None) -> bool:
+        """See `LLM.wake_up`."""
+        with self._alone("wake_up()"):
+            self.executor.check_ready()
+            return self.sleeper.wake_up(tags)
+
+    def set_tokenizer(self, tokenizer: Any) -> None:
+        """See `LLM.set_tokenizer`."""
+        with self._idle("set_tokenizer()"):
+            adopted = adopt_tokenizer(self.config, self.plugins.registries["tokenizers"], tokenizer)
+            self.rules = self.rules.with_tokenizer(adopted)
+            if self._chat is not None:
+                self._chat.close()
+            self._chat = None
+
+    def start_profile(self, prefix: str) -> None:
+        """See `LLM.start_profile`."""
+        with self._alone("start_profile()"):
+            if self.config.device.profile_dir is None:
+                raise EngineStateError("start_profile() needs LLM(..., profile_dir='folder for the traces')")
+            self.executor.start_profile(self.config.device.profile_dir, prefix)
+
+    def stop_profile(self) -> list[str]:
+        """See `LLM.stop_profile`."""
+        with self._alone("stop_profile()"):
+            files = self.executor.stop_profile()
+        get_logger().info("profile written", files=files)
+        return files
 
     def close(self) -> None:
         """Free the model and the cache. Raises `RequestFailedError` when a step is under way."""

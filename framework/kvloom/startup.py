@@ -14,6 +14,7 @@ from kvloom.interfaces import Executor, SchedulingPolicy, Worker
 from kvloom.logs import get_logger
 from kvloom.request_rules import EndTokens, RequestRules
 from kvloom.running import RunningEngine
+from kvloom.runtime.host_memory import host_memory
 from kvloom.start_report import PhaseTimer, StartReport
 from kvloom.stats_log import StatsLog
 from kvloom.text.tokenizer import import_tokenizer, open_tokenizer
@@ -35,6 +36,10 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
     """
     for note in config.notes:
         get_logger().info("configuration", note=note)
+    if "swap_space" in config.origins:
+        warning = config.cache.swap_space_note(host_memory().total_bytes)
+        if warning is not None:
+            get_logger().warning("configuration", note=warning)
     with timer.phase("plugins"):
         plugins = load_config_plugins(config)
     with timer.phase("import torch"):
@@ -67,7 +72,7 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
             limits = config.limits(source.max_model_len, chunkable=executor.call(_chunkable)[0])
             observers = [observe for _, observe in plugins.observers["kvloom_step_finished"]]
             observers += [] if config.features.disable_log_stats else [StatsLog()]
-            engine = Engine(Scheduler(limits, report.groups, report.num_blocks, policy), executor, observers)
+            engine = Engine(Scheduler(limits, report.groups, report.num_blocks, policy, report.host_tier), executor, observers)
             rules = RequestRules(
                 config.model.seed, str(source.directory), source.config.vocab_size, source.max_model_len, config.features.max_logprobs,
                 limits.cached, EndTokens.of(source.end_token_ids, tokenizer), tokenizer,

@@ -35,13 +35,12 @@ STATES = {**{name: SECTIONS[section].state(name) for name, section in SECTION_OF
 OTHER_VALUE = "something else"
 """Of the parameters in `OTHER_ARGS`: no such value has a meaning."""
 UNSUPPORTED_VALUES = {
-    "task": "embed", "cpu_offload_gb": 1.0, "tensor_parallel_size": 2,
-    "pipeline_parallel_size": 2, "enable_sleep_mode": True, "enable_lora": True, "max_loras": 2,
+    "task": "embed", "tensor_parallel_size": 2, "pipeline_parallel_size": 2, "enable_lora": True, "max_loras": 2,
     "max_lora_rank": 8, "limit_mm_per_prompt": {"image": 1}, "mm_processor_kwargs": {"x": 1}, "override_pooler_config": {"x": 1},
     "speculative_config": {"method": "ngram"}, "guided_decoding_backend": "xgrammar",
 }
 NO_EFFECT_VALUES = {
-    "gpu_memory_utilization": 0.5, "swap_space": 1.0, "enforce_eager": True, "max_seq_len_to_capture": 100,
+    "gpu_memory_utilization": 0.5, "swap_space": 1.0, "cpu_offload_gb": 1.0, "enforce_eager": True, "max_seq_len_to_capture": 100,
     "disable_custom_all_reduce": True, "disable_async_output_proc": True, "compilation_config": 3,
     "use_tqdm_on_load": False, "override_neuron_config": {"x": 1}, "tokenizer_pool_size": 4, "prefix_caching_hash_algo": "sha256",
     "calculate_kv_scales": True, "preemption_mode": "swap", "use_v2_block_manager": False, "max_num_partial_prefills": 4,
@@ -50,7 +49,7 @@ NO_EFFECT_VALUES = {
     "ray_workers_use_nsight": True, "disable_mm_preprocessor_cache": True, "disable_chunked_mm_input": True,
 }
 WRONG_VALUES = {
-    "gpu_memory_utilization": [0, 1.5, True], "swap_space": [-1.0, "4"], "enforce_eager": ["yes", 1], "max_seq_len_to_capture": [0, -1, "8192"],
+    "gpu_memory_utilization": [0, 1.5, True], "swap_space": [-1.0, "4"], "cpu_offload_gb": [-1.0, "4"], "enforce_eager": ["yes", 1], "max_seq_len_to_capture": [0, -1, "8192"],
     "disable_custom_all_reduce": [1], "disable_async_output_proc": ["x"],
     "compilation_config": [4, -1, True, 1.0, "3", {"level": 4}, {"mode": "fast"}, {1: 2}], "use_tqdm_on_load": ["no"],
     "override_neuron_config": [1, "x"], "tokenizer_pool_size": [-1, 1.5, True], "tokenizer_pool_type": [3], "tokenizer_pool_extra_config": [3],

@@ -23,13 +23,13 @@ class Harness:
 
     def __init__(self, *, windows: Sequence[int | None] = (None,), block_tokens: int = 4, num_blocks: int = 65,
                  policy: SchedulingPolicy | None = None, max_in_flight: int = 1, model: FakeModel | None = None,
-                 observers=(), fails_step=lambda step: False, fails_row=lambda r: None, **limits) -> None:
+                 observers=(), fails_step=lambda step: False, fails_row=lambda r: None, host_tier=None, **limits) -> None:
         self.limits = SchedulerLimits(**{"max_model_len": 128, "max_num_seqs": 8, "max_num_batched_tokens": 32} | limits)
         groups = make_groups(windows, block_tokens)
         self.executor = FakeExecutor(groups, num_blocks, model, max_in_flight=max_in_flight, max_num_seqs=self.limits.max_num_seqs,
-                                     fails_step=fails_step, fails_row=fails_row)
+                                     fails_step=fails_step, fails_row=fails_row, host_tier=host_tier)
         self.model = self.executor.model
-        self.scheduler = Scheduler(self.limits, groups, num_blocks, policy or FirstComePolicy())
+        self.scheduler = Scheduler(self.limits, groups, num_blocks, policy or FirstComePolicy(), host_tier)
         self.engine = Engine(self.scheduler, self.executor, observers)
 
     def add(self, prompt: Sequence[int], max_tokens: int | None = 8, **spec) -> Request:

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvloom.core import Finish, Request, RequestSpec, Scheduler, SchedulerLimits
 from kvloom.core.wire import from_wire, to_wire
 from kvloom.errors import RequestValidationError
-from kvloom.interfaces import Step
+from kvloom.interfaces import HostTierReport, Step
 from kvloom.params import SamplingParams
 from kvloom.testing.fake_model import FakeExecutor, FakeModel, KVMismatchError
 from kvloom_plugins.schedulers.fcfs import FirstComePolicy
@@ -37,9 +37,10 @@ class CoreMachine(RuleBasedStateMachine):
         chunked=st.sampled_from([True, True, False]),
         cached=st.sampled_from([True, True, False]), max_model_len=st.integers(2, 60),
         policy=st.sampled_from([FirstComePolicy, PriorityPolicy]), failures=st.booleans(),
+        host_blocks=st.sampled_from([0, 0, 2, 7, 40]), tokens_per_s=st.sampled_from([0.5, 2.0]),
     )
     def start(self, windows, block_tokens, pool, depth, max_num_seqs, budget, threshold, chunked, cached, max_model_len,
-              policy, failures):
+              policy, failures, host_blocks, tokens_per_s):
         groups = make_groups(windows, block_tokens)
         # What one request of the greatest length takes, times `pool`: so several that run together run out of blocks.
         columns = -(-(max_model_len - 1) // block_tokens)
@@ -48,6 +49,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.limits = SchedulerLimits(
             max_model_len, max_num_seqs, budget if chunked else max(budget, max_model_len), threshold, chunked, cached,
         )
+        tier = HostTierReport(host_blocks, block_bytes=1, bytes_per_s=2.0, tokens_per_s=tokens_per_s) if host_blocks else None
         self.model = FakeModel(vocab_size=97, eos_token_id=EOS, eos_every=11)
         self.failures = failures
         self.failing: set[int] = set()
@@ -55,9 +57,9 @@ class CoreMachine(RuleBasedStateMachine):
         self.executor = FakeExecutor(
             groups, num_blocks, self.model, max_in_flight=depth, max_num_seqs=max_num_seqs,
             fails_step=lambda step: step.step_id in self.failing,
-            fails_row=lambda r: "row failure" if r.sequence_id in self.failing_rows else None,
+            fails_row=lambda r: "row failure" if r.sequence_id in self.failing_rows else None, host_tier=tier,
         )
-        self.scheduler = Scheduler(self.limits, groups, num_blocks, policy())
+        self.scheduler = Scheduler(self.limits, groups, num_blocks, policy(), tier)
         self.depth = depth
         self.requests: list[Request] = []
         self.in_flight: deque[Step] = deque()

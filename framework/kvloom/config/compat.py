@@ -123,22 +123,21 @@ OTHER_ARGS: Mapping[str, OtherArg] = MappingProxyType({
     "structured_outputs_config": _later("leave it out"),
     # observability and transfer
     "show_hidden_metrics_for_version": _idle("no metric is hidden", None, str | None),
-    "profiler_config": _later("leave it out"),
     "otlp_traces_endpoint": _later("use the observer hooks"),
     "collect_detailed_traces": _later("use the observer hooks"),
+    "profiler_config": _later("use profile_dir"),
     "kv_transfer_config": _later("leave it out"),
     "kv_events_config": _later("leave it out"),
 })
 
 OTHER_METHODS: Mapping[str, str] = MappingProxyType({
-    "set_tokenizer": "make a new LLM with tokenizer=...",
     "from_engine_args": "use LLM(**vars(engine_args))",
     "enqueue": "use generate_iter, which yields outputs as they finish",
     "enqueue_chat": "use chat",
     "wait_for_completion": "use generate, or generate_iter, which yields outputs as they finish",
     "get_metrics": "use llm.llm_engine.stats(), or the hook kvloom_step_finished",
     "reset_mm_cache": "there are no media to forget",
-    "release_kv_cache_memory": "close the LLM",
+    "release_kv_cache_memory": "use sleep(1), with enable_sleep_mode=True",
     **dict.fromkeys(("init_weight_transfer_engine", "shutdown_weight_transfer_engine", "start_weight_update",
                      "start_draft_weight_update", "update_weights", "finish_weight_update", "update_weight_version",
                      "get_weight_version"), "change weights with apply_model, and call reset_prefix_cache"),

@@ -35,8 +35,9 @@ class DeviceSection(Section):
                                          NoEffect("there is one rank")] = False
     disable_async_output_proc: Annotated[bool, Field(description="of an older engine"),
                                          NoEffect("outputs are made after each step; there is no separate path")] = False
-    enable_sleep_mode: Annotated[bool, Field(description="give memory back between uses"),
-                                 Unsupported("close the LLM and make a new one")] = False
+    enable_sleep_mode: Annotated[bool, Field(description="allow sleep() and wake_up(), which give memory back between uses")] = False
+    profile_dir: Annotated[str | None, Field(min_length=1, description="folder for the traces of start_profile(), made when it is "
+                                             "needed")] = None
 
     @field_validator("compilation_config", mode="before")
     @classmethod

@@ -13,13 +13,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvloom.core.block_pool import NULL_BLOCK, BlockPool
+from kvloom.core.host_tier import HostTier, Key
 from kvloom.core.prefix_cache import ALL_BLOCKS, BlockHasher, PrefixCache
 from kvloom.errors import ConfigError, InternalError, UnsupportedFeatureError
 from kvloom.interfaces.state import KVGroup, StateKind
-from kvloom.interfaces.step import BlockIds
+from kvloom.interfaces.step import BlockIds, BlockMove, Step
 
 if TYPE_CHECKING:
     from kvloom.core.request import Request
+
+Moves = tuple[tuple[BlockMove, ...], tuple[BlockMove, ...]]
 
 
 class BlockTable:
@@ -53,10 +56,17 @@ class BlockTable:
 
 
 class Hit(NamedTuple):
-    """Leading tokens whose state is in the cache, and the blocks that hold it: per group and column, None where not needed."""
+    """Leading tokens whose state is still there, and where.
+
+    Fields:
+        tokens: how many.
+        blocks: per group and column the device block; None where none is needed, or where the content is on the host.
+        on_host: column and content of those.
+    """
 
     tokens: int
     blocks: tuple[list[int | None], ...]
+    on_host: tuple[tuple[int, Key], ...] = ()
 
 
 class KVBlocks:
@@ -66,13 +76,14 @@ class KVBlocks:
         groups: of the model, all with one block size.
         num_blocks: of the pool, the null block included.
         cached: whether blocks are kept for later requests; those of a prompt that siblings share always are.
+        tier: where content goes when its block is needed for something else.
 
     Raises:
         UnsupportedFeatureError: a group of a kind whose state is not kept per token.
         ConfigError: groups of different block sizes, or no usable block.
     """
 
-    def __init__(self, groups: Sequence[KVGroup], num_blocks: int, *, cached: bool) -> None:
+    def __init__(self, groups: Sequence[KVGroup], num_blocks: int, *, cached: bool, tier: HostTier | None = None) -> None:
         _check_groups(groups, num_blocks)
         self.block_tokens = groups[0].block_tokens
         self._groups = tuple(groups)
@@ -83,6 +94,7 @@ class KVBlocks:
         self._hasher = BlockHasher(self.block_tokens)
         self._cached = cached
         self._cache = PrefixCache(reach)
+        self._tier = tier
 
     @property
     def num_free(self) -> int:
@@ -124,16 +136,43 @@ class KVBlocks:
     # -- a sequence's blocks from admission to end
 
     def find_hit(self, request: Request) -> Hit:
-        """The longest prefix in the cache. The last token is never part of it: its logits are wanted."""
+        """What is left of its own state after it gave way, else the longest prefix on the device or in the host tier. The last token is
+        never part of it: its logits are wanted."""
         columns = (len(request.token_ids) - 1) // self.block_tokens
-        if not (self._keeps(request) and request.spec.read_prefix_cache and columns and len(self._cache)):
+        if not (self._keeps(request) and request.spec.read_prefix_cache and (len(self._cache) or self._tier)):
             return Hit(0, tuple([] for _ in self._groups))
         self._hasher.extend(request.digests, request.spec.cache_root, request.token_ids, columns)
-        columns = self._cache.longest_hit(request.digests[:columns])
-        return Hit(columns * self.block_tokens, tuple(self._cache.blocks(g.index, request.digests, columns) for g in self._groups))
+        if self._tier is not None and request.lost_tokens and (own := self._own_state(request)) is not None:
+            return own
+        columns = self._cache.longest_hit(request.digests[:columns], self._tier)
+        firsts = [self._cache.first_needed(g.index, columns) for g in self._groups]
+        return self._located(columns * self.block_tokens, request.digests[:columns], firsts)
+
+    def _own_state(self, request: Request) -> Hit | None:
+        """All that it had computed when it gave way, if every block of that can still be found."""
+        tokens = request.lost_tokens
+        full, rest = divmod(tokens, self.block_tokens)
+        digests = request.digests[:full]
+        if rest:
+            digests.append(self._hasher.partial(digests, request.spec.cache_root, request.token_ids, tokens))
+        firsts = [self._unread_columns(g.window_tokens, tokens) for g in self._groups]
+        found = all(self._is_somewhere(g, digest) for g, first in enumerate(firsts) for digest in digests[first:])
+        return self._located(tokens, digests, firsts) if found else None
+
+    def _is_somewhere(self, group: int, digest: bytes) -> bool:
+        return self._cache.find(group, digest) is not None or (self._tier is not None and self._tier.has(group, digest))
+
+    def _located(self, tokens: int, digests: Sequence[bytes], firsts: Sequence[int]) -> Hit:
+        """A hit of columns with these contents, of each group from its column `firsts` on; all of them can be found."""
+        blocks: list[list[int | None]] = []
+        on_host: list[tuple[int, Key]] = []
+        for g, first in enumerate(firsts):
+            blocks.append([None if column < first else self._cache.find(g, digest) for column, digest in enumerate(digests)])
+            on_host += [(c, (g, digests[c])) for c in range(first, len(digests)) if blocks[g][c] is None]
+        return Hit(tokens, tuple(blocks), tuple(on_host))
 
     def _keeps(self, request: Request) -> bool:
-        return self._cached or request.spec.shares_prompt
+        return self._cached or request.spec.shares_prompt or (self._tier is not None and request.lost_tokens > 0)
 
     def take_hit(self, request: Request, hit: Hit) -> None:
         """Make the hit's blocks the beginning of an empty table."""
@@ -144,8 +183,20 @@ class KVBlocks:
                     self._pool.share(block)
             table.groups[g].extend(NULL_BLOCK if b is None else b for b in blocks)
             table.dropped[g] = blocks.count(None)
-        table.capacity_tokens = hit.tokens
+        table.capacity_tokens = self._columns(hit.tokens) * self.block_tokens
         table.published = hit.tokens // self.block_tokens
+        if self._tier is not None and hit.on_host:
+            self._bring_back(table, hit, self._tier)
+
+    def _bring_back(self, table: BlockTable, hit: Hit, tier: HostTier) -> None:
+        """Device blocks for what is on the host. They can be found by others once a step has moved the content there."""
+        tier.pin(key for _, key in hit.on_host)
+        for column, key in hit.on_host:
+            block = self._fresh_block()
+            table.groups[key[0]][column] = block
+            table.dropped[key[0]] -= 1
+            table.published = min(table.published, column)
+            tier.bring(key, block)
 
     def extend(self, request: Request, end_tokens: int) -> BlockIds:
         """Append the columns that tokens up to `end_tokens` need; the new ids by group, ``()`` when there are none."""
@@ -161,6 +212,8 @@ class KVBlocks:
 
     def _fresh_block(self) -> int:
         block = self._pool.allocate()
+        if self._tier is not None and (key := self._cache.key_of(block)) is not None:
+            self._tier.store(*key, block)
         self._cache.forget(block)
         return block
 
@@ -171,9 +224,13 @@ class KVBlocks:
             self._publish(request, request.computed_tokens // self.block_tokens)
         for g, window_tokens in self._windows:
             # The next token reads from position computed - window + 1 on; steps in flight start no earlier.
-            unread = (request.computed_tokens - window_tokens + 1) // self.block_tokens
+            unread = self._unread_columns(window_tokens, request.computed_tokens)
             if unread > table.dropped[g]:
                 self._drop(table, g, unread)
+
+    def _unread_columns(self, window_tokens: int | None, computed_tokens: int) -> int:
+        """Leading columns that no token after the first `computed_tokens` reads."""
+        return 0 if window_tokens is None else max(0, computed_tokens - window_tokens + 1) // self.block_tokens
 
     def _publish(self, request: Request, full_columns: int) -> None:
         table = request.table
@@ -191,6 +248,21 @@ class KVBlocks:
             blocks[column] = NULL_BLOCK
         table.dropped[group] = columns
 
+    def set_aside(self, request: Request) -> None:
+        """Take back everything of a sequence that gives way; with a host tier, so that its state can be found again.
+
+        Full blocks stay on the device until they are needed for something else. The last one is moved out at once, where that costs
+        less than computing its tokens again.
+        """
+        full, rest = divmod(request.computed_tokens, self.block_tokens)
+        if self._tier is not None and request.spec.read_prefix_cache and request.computed_tokens:
+            self._publish(request, full)
+            if rest >= self._tier.worth_tokens:
+                digest = self._hasher.partial(request.digests, request.spec.cache_root, request.token_ids, request.computed_tokens)
+                for g, blocks in enumerate(request.table.groups):
+                    self._tier.store(g, digest, blocks[full])
+        self.free(request)
+
     def free(self, request: Request) -> None:
         """Take back everything; the request has an empty table afterwards."""
         for block in request.table.held():
@@ -206,10 +278,23 @@ class KVBlocks:
             return False
         self._cache.clear()
         self._pool.drop_kept()
+        if self._tier is not None:
+            self._tier.clear()
         return True
 
-    def check_integrity(self, requests: Iterable[Request]) -> None:
-        """Every block is held exactly by the tables that list it, and the tables are well-formed.
+    # -- moves between device and host
+
+    def take_moves(self) -> Moves:
+        """``swap_out, swap_in`` of the step that is sealed now."""
+        return ((), ()) if self._tier is None else self._tier.take_moves()
+
+    def landed(self, step: Step, *, done: bool) -> None:
+        """A step is over; see `HostTier.landed`."""
+        if self._tier is not None:
+            self._tier.landed(step, done=done)
+
+    def check_integrity(self, requests: Iterable[Request], in_flight: Iterable[Step]) -> None:
+        """Every block is held exactly by the tables that list it, the tables are well-formed, and so is the host tier.
 
         Raises:
             InternalError: something does not add up.
@@ -224,6 +309,8 @@ class KVBlocks:
                     raise InternalError(f"{dropped} leading entries should be 0, and no others: {blocks}")
         self._pool.check_integrity(block for table in tables for block in table.held())
         self._cache.check_integrity()
+        if self._tier is not None:
+            self._tier.check_integrity(in_flight)
 
 
 def _check_groups(groups: Sequence[KVGroup], num_blocks: int) -> None:

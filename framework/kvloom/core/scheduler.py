@@ -18,6 +18,7 @@ from operator import attrgetter
 from types import MappingProxyType
 
 from kvloom.core.admission import Admission
+from kvloom.core.host_tier import HostTier
 from kvloom.core.kv_blocks import KVBlocks
 from kvloom.core.limits import SchedulerLimits
 from kvloom.core.request import Request, RequestSpec, RequestState
@@ -28,6 +29,7 @@ from kvloom.errors import InternalError, RequestFailedError
 from kvloom.interfaces.scheduling import SchedulingPolicy
 from kvloom.interfaces.state import KVGroup
 from kvloom.interfaces.step import BlockIds, RowError, RowResult, Step, StepResult, TokenRange
+from kvloom.interfaces.worker import HostTierReport
 
 NO_CAUSES: Mapping[int, Exception] = MappingProxyType({})
 
@@ -40,16 +42,19 @@ class Scheduler:
         groups: KV groups of the model.
         num_blocks: KV blocks that the workers allocated, block 0 (the null block) included.
         policy: orders requests.
+        host_tier: what the workers keep on the host of blocks that leave the device.
 
     Raises:
         UnsupportedFeatureError, ConfigError: KV groups that it cannot serve, or no usable block.
     """
 
-    def __init__(self, limits: SchedulerLimits, groups: tuple[KVGroup, ...], num_blocks: int, policy: SchedulingPolicy) -> None:
+    def __init__(self, limits: SchedulerLimits, groups: tuple[KVGroup, ...], num_blocks: int, policy: SchedulingPolicy,
+                 host_tier: HostTierReport | None = None) -> None:
         self._limits = limits
         self._chunked, self._max_chunk_tokens = limits.chunked, limits.max_chunk_tokens
         self._policy = policy
-        self._kv = KVBlocks(groups, num_blocks, cached=limits.cached)
+        tier = HostTier.of(host_tier, len(groups), groups[0].block_tokens) if groups and limits.chunkable else None
+        self._kv = KVBlocks(groups, num_blocks, cached=limits.cached, tier=tier)
         self._admission = Admission(limits, groups, self._kv)
         self._requests: dict[int, Request] = {}  # all that hold a place or blocks, finished ones in flight included
         self._held: dict[int, list[Request]] = {}  # leader -> siblings that wait for its prompt
@@ -138,7 +143,7 @@ class Scheduler:
             self._schedule_waiting(plan)
         if not len(plan):
             return None
-        step = plan.seal(self._next_step_id, self._tell_preempted, self._tell_finished)
+        step = plan.seal(self._next_step_id, self._tell_preempted, self._tell_finished, *self._kv.take_moves())
         self._next_step_id += 1
         self._tell_preempted, self._tell_finished = [], []
         self._in_flight.append(step)
@@ -208,7 +213,8 @@ class Scheduler:
         check_result(step, result)
         if self._in_flight and self._in_flight[0].step_id != step.step_id:
             raise InternalError(f"step {step.step_id} is committed before step {self._in_flight[0].step_id}")
-        self._land(step)
+        # A step of which nothing succeeded may not even have moved its blocks.
+        self._land(step, done=any(row.error is None for row in result.rows))
         now_s = time.monotonic()
         updated = []
         for done, row in zip(step.ranges, result.rows, strict=True):
@@ -239,7 +245,7 @@ class Scheduler:
         Raises:
             InternalError: `step` is not in flight.
         """
-        self._land(step)
+        self._land(step, done=False)
         failed = []
         for done in step.ranges:
             request = self._requests[done.sequence_id]
@@ -255,10 +261,11 @@ class Scheduler:
         self._tell_finished += step.finished
         return failed
 
-    def _land(self, step: Step) -> None:
+    def _land(self, step: Step, *, done: bool) -> None:
         for place, in_flight in enumerate(self._in_flight):
             if in_flight.step_id == step.step_id:
                 del self._in_flight[place]
+                self._kv.landed(step, done=done)
                 return
         raise InternalError(f"step {step.step_id} is not in flight")
 
@@ -279,7 +286,7 @@ class Scheduler:
             self._leaving.add(request.sequence_id)
             return
         self._running.remove(request)
-        self._kv.free(request)
+        self._kv.set_aside(request)
         request.give_way()
         self._tell_preempted.append(request.sequence_id)
         request.order = self._order(request)
@@ -324,7 +331,7 @@ class Scheduler:
             InternalError: they do not; that is a bug.
         """
         requests = self._requests.values()
-        self._kv.check_integrity(requests)
+        self._kv.check_integrity(requests, self._in_flight)
         for request in requests:
             request.check_integrity()
         known = (RequestState.RUNNING, RequestState.DRAINING)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvloom.core.request import Request
 from kvloom.errors import InternalError
-from kvloom.interfaces.step import BlockIds, NewSequence, Step, StepResult, TokenRange
+from kvloom.interfaces.step import BlockIds, BlockMove, NewSequence, Step, StepResult, TokenRange
 
 
 class StepPlan:
@@ -38,9 +38,11 @@ class StepPlan:
     def __len__(self) -> int:
         return len(self._ranges)
 
-    def seal(self, step_id: int, preempted: list[int], finished: list[int]) -> Step:
+    def seal(self, step_id: int, preempted: list[int], finished: list[int], swap_out: tuple[BlockMove, ...] = (),
+             swap_in: tuple[BlockMove, ...] = ()) -> Step:
         """The frozen step."""
-        return Step(step_id, tuple(self._ranges), tuple(self._new), tuple(self._resumed), tuple(preempted), tuple(finished))
+        return Step(step_id, tuple(self._ranges), tuple(self._new), tuple(self._resumed), tuple(preempted), tuple(finished),
+                    swap_out=swap_out, swap_in=swap_in)
 
 
 def check_result(step: Step, result: StepResult) -> None:

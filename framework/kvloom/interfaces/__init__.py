@@ -52,7 +52,7 @@ from kvloom.interfaces.step import (
     TokenRange,
 )
 from kvloom.interfaces.tokenizer import Tokenizer
-from kvloom.interfaces.worker import Worker, WorkerFactory, WorkerReport
+from kvloom.interfaces.worker import HostTierReport, Worker, WorkerFactory, WorkerReport
 
 __all__ = [
     "AdaptableLayer",
@@ -85,6 +85,7 @@ __all__ = [
     "GrammarMatcher",
     "GrammarProblem",
     "GrammarSpec",
+    "HostTierReport",
     "KVGroup",
     "LayerCache",
     "LayerStateSpec",

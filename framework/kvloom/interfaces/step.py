@@ -24,7 +24,7 @@ class NewSequence:
         sequence_id: the engine's own id, never reused.
         token_ids: every token known so far, prompt first.
         prompt_tokens: how many of them are the prompt.
-        computed_tokens: tokens whose state is already in the blocks (prefix cache hit, fork).
+        computed_tokens: tokens whose state is already in the blocks (prefix cache hit, fork, moved back by this step).
         block_ids: the sequence's whole block table, by group; ``len == ceil(tokens / block_tokens)`` up to the first
             range of this step. Entries that fell out of a window are 0.
         sampling: set for generation; its ``n`` siblings are sequences of their own.

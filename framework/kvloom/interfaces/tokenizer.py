@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 
 class Tokenizer(ABC):
@@ -19,6 +19,11 @@ class Tokenizer(ABC):
             trust_remote_code, code_revision: for the gate, `kvloom.interfaces.remote_code.from_pretrained`, through which every use
                 of transformers' Auto classes goes.
         """
+
+    @classmethod
+    def adopt(cls, underlying: Any) -> Self | None:
+        """From the library's own object (``LLM.set_tokenizer``). None, as here, when it is not one of this library."""
+        return None
 
     @property
     @abstractmethod

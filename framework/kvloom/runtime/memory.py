@@ -181,15 +181,19 @@ def _with_blocks(plan: MemoryPlan) -> MemoryPlan:
     return replace(plan, num_blocks=plan.budget_bytes // plan.needs.block_bytes)
 
 
-def memory_needs(config: EngineConfig, source: ModelSource, built: BuiltModel) -> MemoryNeeds:
-    """Needs of a model that was built, on the meta device or a real one."""
+def memory_needs(config: EngineConfig, source: ModelSource, built: BuiltModel, offloaded_bytes: int = 0) -> MemoryNeeds:
+    """Needs of a model that was built, on the meta device or a real one.
+
+    Args:
+        offloaded_bytes: of the weights, which are not kept on the device.
+    """
     cache = config.cache
     limits = config.limits(source.max_model_len, chunkable=built.model.chunkable)
     groups = group_layers(built.model.state_specs(), cache.block_size)
     shapes = {layer: built.backends[layer].state_shapes() for group in groups for layer in group.layers}
     page = sum(page_bytes(s) for s in shapes.values())
     return MemoryNeeds(
-        weights_bytes=sum(t.size_bytes for t in wanted_tensors(built.model).values()),
+        weights_bytes=sum(t.size_bytes for t in wanted_tensors(built.model).values()) - offloaded_bytes,
         activations_bytes=activation_bytes(source.config, source.dtype, limits.max_num_batched_tokens, limits.max_num_seqs),
         groups=groups,
         block_bytes=block_bytes(groups, shapes),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from kvloom.errors import InternalError
 from kvloom.interfaces.attention import AttentionBackend, AttentionBatch, LayerCache
 from kvloom.interfaces.comm import Comm
 from kvloom.interfaces.model import ForwardContext, LayerStep, Model, ModelInputs
@@ -14,6 +15,7 @@ from kvloom.interfaces.sampling import Sampler
 from kvloom.interfaces.state import KVGroup
 from kvloom.interfaces.step import RowResult, Step, StepResult
 from kvloom.runtime.batch import BatchState, StepIndices
+from kvloom.runtime.host_blocks import HostBlocks
 from kvloom.runtime.logits import LogitsPipeline
 from kvloom.runtime.logprobs import Candidates
 from kvloom.runtime.sampling import LogitsOf, RowSampler
@@ -26,21 +28,24 @@ class Runner:
         pipeline: the logits processors.
         backends: by layer index, the attention backend of every layer with paged state.
         caches: by layer index, its KV tensors.
+        host_blocks: where blocks go that leave the device; None where none do.
     """
 
     def __init__(self, model: Model, sampler: Sampler, pipeline: LogitsPipeline, comm: Comm, groups: tuple[KVGroup, ...],
                  num_layers: int, backends: Mapping[int, AttentionBackend], caches: Mapping[int, LayerCache], state: BatchState,
-                 device: torch.device) -> None:
+                 device: torch.device, host_blocks: HostBlocks | None = None) -> None:
         self._model, self._comm, self._device = model, comm, device
         self._groups, self._num_layers = groups, num_layers
         self._backends, self._caches = backends, caches
-        self._state = state
+        self._state, self._host_blocks = state, host_blocks
         self._rows = RowSampler(sampler, pipeline, state)
 
     @torch.inference_mode()
     def execute(self, step: Step) -> StepResult:
         """Compute a step's ranges and sample those that ask for it. See `Worker.execute` about what comes again."""
         self._state.apply(step)
+        if step.swap_out or step.swap_in:
+            self._move_blocks(step)
         if not step.ranges:
             return StepResult(step.step_id, ())
         indices = self._state.indices(step)
@@ -57,6 +62,11 @@ class Runner:
         for i, found in prompt_rows.items():
             rows[i] = rows[i]._replace(prompt_logprobs=found)
         return StepResult(step.step_id, tuple(rows))
+
+    def _move_blocks(self, step: Step) -> None:
+        if self._host_blocks is None:
+            raise InternalError(f"step {step.step_id} moves blocks, but this worker has none on the host")
+        self._host_blocks.apply(step)
 
     def _layer_steps(self, indices: StepIndices) -> Sequence[LayerStep | None]:
         """Prepare each group once per backend, and hand every layer its backend, cache and metadata."""

@@ -16,7 +16,7 @@ from kvloom.errors import KvloomError, UnsupportedFeatureError
 from kvloom.interfaces.executor import Executor
 from kvloom.interfaces.state import KVGroup
 from kvloom.interfaces.step import NewSequence, RowError, RowResult, Step, StepResult, TokenRange
-from kvloom.interfaces.worker import WorkerFactory, WorkerReport
+from kvloom.interfaces.worker import HostTierReport, WorkerFactory, WorkerReport
 
 
 class KVMismatchError(KvloomError):
@@ -90,13 +90,16 @@ class FakeWorker:
         groups: KV groups that the model pretends to have.
         num_blocks: blocks of the simulated cache, the null block included.
         max_num_seqs: sequences that it can remember at once; None sets no bound.
+        host_blocks: of the simulated host tier.
     """
 
-    def __init__(self, model: FakeModel, groups: Sequence[KVGroup], num_blocks: int, max_num_seqs: int | None = None) -> None:
+    def __init__(self, model: FakeModel, groups: Sequence[KVGroup], num_blocks: int, max_num_seqs: int | None = None,
+                 host_blocks: int = 0) -> None:
         self._model = model
         self._groups = tuple(groups)
         self._max_num_seqs = max_num_seqs
         self._blocks: list[list[Slot | None]] = [[None] * groups[0].block_tokens for _ in range(num_blocks)]
+        self._host: dict[int, list[Slot | None]] = {block: [] for block in range(1, host_blocks + 1)}
         self._rows: dict[int, _Row] = {}
         self._last_step_id = -1
         self._appended: set[int] = set()
@@ -112,11 +115,22 @@ class FakeWorker:
             self._appended.clear()
             for sequence_id in (*step.finished, *step.preempted):
                 self._rows.pop(sequence_id, None)
+            self._move(step)
             for new in (*step.new, *step.resumed):
                 self._rows[new.sequence_id] = _Row(new)
         if self._max_num_seqs is not None and len(self._rows) > self._max_num_seqs:
             raise KVMismatchError(f"step {step.step_id} brings {len(self._rows)} sequences, there is room for {self._max_num_seqs}")
         return StepResult(step.step_id, tuple(self._compute(r, fails(r)) for r in step.ranges))
+
+    def _move(self, step: Step) -> None:
+        for move in step.swap_out:
+            if move.host_block not in self._host or not 0 < move.device_block < len(self._blocks):
+                raise KVMismatchError(f"step {step.step_id}: there are no such blocks: {move}")
+            self._host[move.host_block] = list(self._blocks[move.device_block])
+        for move in step.swap_in:
+            if not self._host.get(move.host_block) or move.device_block == 0:
+                raise KVMismatchError(f"step {step.step_id}: nothing was moved to the host block of {move}, or it goes nowhere")
+            self._blocks[move.device_block] = list(self._host[move.host_block])
 
     def _compute(self, r: TokenRange, failure: str | None) -> RowResult:
         row = self._rows.get(r.sequence_id)
@@ -187,17 +201,18 @@ class FakeExecutor(Executor):
         fails_step: asked for each step, also when it comes again for one range; True makes `collect` raise RuntimeError, before the
             step did anything.
         fails_row: asked for each range; a text makes that row an error.
+        host_tier: what the worker says of host memory for blocks; give the scheduler the same.
     """
 
     def __init__(self, groups: Sequence[KVGroup], num_blocks: int, model: FakeModel | None = None, *, max_in_flight: int = 1,
                  max_num_seqs: int | None = None, fails_step: Callable[[Step], bool] = lambda step: False,
-                 fails_row: Callable[[TokenRange], str | None] = lambda r: None) -> None:
+                 fails_row: Callable[[TokenRange], str | None] = lambda r: None, host_tier: HostTierReport | None = None) -> None:
         self.max_in_flight = max_in_flight
         self.model = model or FakeModel()
         self.steps: list[Step] = []
         self._fails_step, self._fails_row = fails_step, fails_row
-        self._report = WorkerReport(0, tuple(groups), num_blocks, manifest_hash="")
-        self._worker = FakeWorker(self.model, groups, num_blocks, max_num_seqs)
+        self._report = WorkerReport(0, tuple(groups), num_blocks, manifest_hash="", host_tier=host_tier)
+        self._worker = FakeWorker(self.model, groups, num_blocks, max_num_seqs, host_tier.num_blocks if host_tier else 0)
         self._submitted: deque[Step] = deque()
 
     def start(self, factory: WorkerFactory, num_workers: int) -> list[WorkerReport]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import transformers
 
@@ -25,15 +25,27 @@ class AutoTokenizer(Tokenizer):
     def __init__(self, directory: Path, *, trust_remote_code: bool = False, code_revision: str | None = None) -> None:
         _check_code(directory, trust_remote_code=trust_remote_code)
         try:
-            self._hf = remote_code.from_pretrained(transformers.AutoTokenizer, directory, trust_remote_code=trust_remote_code,
-                                                   code_revision=code_revision, clean_up_tokenization_spaces=False)
+            loaded = remote_code.from_pretrained(transformers.AutoTokenizer, directory, trust_remote_code=trust_remote_code,
+                                                 code_revision=code_revision, clean_up_tokenization_spaces=False)
         except Exception as error:
             found = ", ".join(f for f in FILES if (directory / f).exists()) or "none of them"
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"no tokenizer can be loaded from {directory} (looked for {', '.join(FILES)}; found {found}): "
                              f"{type(error).__name__}: {reason}. Give tokenizer=..., or skip_tokenizer_init=True and token "
                              "prompts") from error
-        self._directory = directory
+        self._take(loaded, tuple(str(directory / name) for name in CHAT_TEMPLATE_FILES))
+
+    @classmethod
+    def adopt(cls, underlying: Any) -> Self | None:
+        """See `Tokenizer.adopt`."""
+        if not isinstance(underlying, transformers.PreTrainedTokenizerBase):
+            return None
+        tokenizer = cls.__new__(cls)
+        tokenizer._take(underlying, ("the tokenizer that was given to set_tokenizer",))
+        return tokenizer
+
+    def _take(self, tokenizer: Any, template_places: tuple[str, ...]) -> None:
+        self._hf, self._template_places = tokenizer, template_places
         vocabulary = self._hf.get_vocab()
         self._vocab_size = max(vocabulary.values(), default=-1) + 1
         self._gaps = frozenset(range(self._vocab_size)).difference(vocabulary.values())
@@ -97,7 +109,7 @@ class AutoTokenizer(Tokenizer):
     @property
     def chat_template_places(self) -> Sequence[str]:
         """See `Tokenizer.chat_template_places`."""
-        return tuple(str(self._directory / name) for name in CHAT_TEMPLATE_FILES)
+        return self._template_places
 
     @property
     def special_tokens(self) -> Mapping[str, str]:
