@@ -57,8 +57,8 @@ def token_attention_torch(q: Tensor, k: Tensor, v: Tensor, query_starts: np.ndar
     for part in _rows(query_starts):
         places = torch.arange(part.stop - part.start, device=q.device)
         seen = None if scores.window_tokens is None and not scores.causal else visible(places, places, scores)
-        heads = (x[part].transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, tokens, D]
-        found = scaled_dot_product_attention(*heads, attn_mask=seen, scale=scores.scale, enable_gqa=True)
+        queries, keys, values = (x[part].transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, tokens, D]
+        found = scaled_dot_product_attention(queries, keys, values, attn_mask=seen, scale=scores.scale, enable_gqa=True)
         out[part] = found[0].transpose(0, 1)
     return out
 

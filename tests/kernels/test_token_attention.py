@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -34,14 +35,14 @@ def run(backend: type[AttentionBackend], spec: AttentionSpec, rows: list[int], s
     starts = np.concatenate(([0], np.cumsum(rows))).astype(np.int32)
     contexts = np.array(rows, np.int32)
     batch = AttentionBatch(
-        query_starts=torch.from_numpy(starts), context_tokens=torch.from_numpy(contexts), block_table=torch.zeros(len(rows), 0, dtype=torch.int32),
+        query_starts=torch.from_numpy(starts), context_tokens=torch.from_numpy(contexts), block_table=torch.zeros(0, 0, dtype=torch.int32),
         slots=torch.zeros(0, dtype=torch.int64), query_starts_host=starts, context_tokens_host=contexts, max_query_tokens=max(rows),
         max_context_tokens=max(rows))
     made = backend(spec)
     out = torch.full((sum(rows), spec.num_heads, spec.value_dim), float("nan"), dtype=fused.dtype)
     got = made.attend_tokens(q, k, v, made.prepare(batch), out)
     assert got.data_ptr() == out.data_ptr()
-    expected = [truth(spec, *(x[a:b] for x in (q, k, v))) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    expected = [truth(spec, *(x[a:b] for x in (q, k, v))) for a, b in pairwise(starts)]
     return got.float(), torch.cat(expected)
 
 

@@ -71,7 +71,8 @@ class TensorShape(NamedTuple):
 class AttentionBatch:
     """The rows of one step for one KV group. Index tensors are on the device; ``*_host`` are the same numbers on the host.
 
-    Layers that keep nothing get one too, without blocks (``block_table [R, 0]``) and slots (``[0]``). R rows (one a sequence) in the order of ``Step.ranges``, T tokens in all.
+    R rows (one a sequence) in the order of ``Step.ranges``, T tokens in all. Layers that keep nothing get one, too, with an empty
+    `block_table` and empty `slots`.
 
     Args:
         query_starts: ``[R + 1]`` int32; row r owns tokens ``[query_starts[r], query_starts[r + 1])``.

@@ -65,7 +65,7 @@ class ForwardContext:
 
     Args:
         comm: collectives of this tensor-parallel group.
-        layers: by layer index; None for layers without state.
+        layers: by layer index; None for layers that asked for no backend.
         adapters: rows and adapters of this step, None when no row has one.
         auxiliary_layers: layers whose hidden states the caller wants in `ModelOutputs.auxiliary`.
     """
@@ -158,7 +158,7 @@ class Model(ABC):
     pooling: str = "LAST"
     """How its hidden states are pooled when neither the configuration nor the checkpoint says."""
     ignored: tuple[str, ...] = ()
-    """Shell patterns (`fnmatch`) of checkpoint tensors known to be unused, e.g. ``*.rotary_emb.inv_freq``."""
+    """Shell patterns (`fnmatch`) of checkpoint tensors known to be unused, e.g. ``*.rotary_emb.inv_freq``; see `tensor_name`."""
 
     @abstractmethod
     def __init__(self, config: Any, build: BuildContext) -> None: ...
@@ -188,6 +188,14 @@ class Model(ABC):
     def module_map(self) -> Mapping[str, ModuleTarget]:
         """Checkpoint module prefix (``model.layers.0.self_attn.q_proj``) -> target. Prefixes of other pipeline stages are listed
         in `other_stage_prefixes`, a tied ``lm_head`` in `ignored`."""
+
+    def tensor_name(self, name: str) -> str:
+        """What `module_map`, `ignored` and `other_stage_prefixes` call the checkpoint's tensor `name`.
+
+        Checkpoints of one architecture differ in the prefix that they give the base model, or in what they call a norm's weight. Our
+        own names stay as they are. Two tensors that get one name are refused.
+        """
+        return name
 
     def other_stage_prefixes(self) -> tuple[str, ...]:
         """Checkpoint prefixes that another pipeline stage loads."""

@@ -130,6 +130,8 @@ class MemoryPlan:
 
     def _fitting_values(self) -> tuple[tuple[str, int], ...]:
         needs = self.needs
+        if not needs.block_bytes:  # no cache whose size could be changed
+            return ()
         if needs.num_blocks is not None:
             fitting = self.room_bytes // needs.block_bytes
             return (("num_gpu_blocks_override", fitting),) if fitting > NULL_BLOCKS else ()

@@ -44,6 +44,8 @@ class TorchAttention(PagedAttention):
     def prepare(self, batch: AttentionBatch, out: Any = None) -> TorchMeta:
         """See `AttentionBackend.prepare`."""
         paged = super().prepare(batch, out)
+        if not self.spec.stored:
+            return TorchMeta(batch, paged.block, paged.offset, [], [])
         counts = np.diff(batch.query_starts_host)
         return TorchMeta(batch, paged.block, paged.offset, self._decode_rows(batch, np.flatnonzero(counts == 1)),
                          np.flatnonzero(counts > 1).tolist())
