@@ -25,12 +25,12 @@ class BertModel(PostNormEncoder):
     base_prefix = "bert"
     layers_prefix = "encoder.layer"
     layer_names = BERT_LAYER
-    extra_inputs = ("token_type_ids",)
     renamed: ClassVar[Mapping[str, str]] = MappingProxyType({"gamma": "weight", "beta": "bias"})
     ignored = (*PostNormEncoder.ignored, "pooler.*")
 
     def __init__(self, config: BertConfig, build: BuildContext) -> None:
         super().__init__(config, build)
+        self.extra_inputs = {"token_type_ids": config.type_vocab_size}
         self.types = Embedding(build, "embeddings.token_type_embeddings", config.type_vocab_size, config.hidden_size)
 
     def embed(self, inputs: ModelInputs, ctx: ForwardContext) -> Tensor:

@@ -82,7 +82,7 @@ class OurEncoder:
         built = build_model(config, plugins, self.source, torch.device("cpu"), LocalComm())
         self.model, self.notes = built.model, built.notes
         self.report = load_weights(built.model, make_loader(config, plugins), directory)
-        state = BatchState(max_num_seqs, self.source.max_model_len, (), extra_inputs=built.model.extra_inputs)
+        state = BatchState(max_num_seqs, self.source.max_model_len, (), extra_inputs=tuple(built.model.extra_inputs))
         self.runner = Runner(built.model, TokenSampler(), LogitsPipeline(()), LocalComm(), (), len(built.model.state_specs()),
                              built.backends, {}, state, torch.device("cpu"))
         self._next = 0

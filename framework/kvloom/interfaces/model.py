@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from kvloom.interfaces.attention import AttentionBackend, AttentionSpec, LayerCache
@@ -149,8 +150,9 @@ class Model(ABC):
 
     position_axes: int = 1
     """P of `ModelInputs.positions`."""
-    extra_inputs: tuple[str, ...] = ()
-    """Names of the per-token integers that `forward` reads from `ModelInputs.extras`."""
+    extra_inputs: Mapping[str, int] = MappingProxyType({})
+    """Names of the per-token integers that `forward` reads from `ModelInputs.extras`, each with its number of values: an integer
+    is 0 or more and less than that, and 0 where a request gives none. An instance may set its own."""
     chunkable: bool = True
     """False when a prompt must be computed in one step (bidirectional encoders)."""
     tasks: tuple[str, ...] = ("generate", "embed")

@@ -104,7 +104,7 @@ class DeviceWorker:
         pipeline = LogitsPipeline(make_processors(self._plugins.registries["logits_processors"]))
         vocab_size = self._source.config.vocab_size
         state = BatchState(limits.max_num_seqs, limits.max_model_len, groups, lambda new: _start(pipeline, new, vocab_size),
-                           built.model.extra_inputs)
+                           tuple(built.model.extra_inputs))
         num_layers = len(built.model.state_specs())
         self._runner = Runner(built.model, sampler, pipeline, self._comm, groups, num_layers, built.backends, caches,
                               state, self._device)
