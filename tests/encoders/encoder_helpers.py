@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from kvloom.config import EngineConfig
-from kvloom.interfaces import ForwardContext, NewSequence, Step, TokenRange
+from kvloom.interfaces import Comm, ForwardContext, NewSequence, Step, TokenRange
 from kvloom.params import PoolingParams
 from kvloom.runtime.batch import BatchState
 from kvloom.runtime.builder import build_model, open_source
@@ -75,15 +75,16 @@ def edit_config(directory: Path, change: Callable[[dict[str, Any]], object]) -> 
 class OurEncoder:
     """A worker's model and runner without an engine around them."""
 
-    def __init__(self, directory: Path, max_num_seqs: int = 16, **values: Any) -> None:
+    def __init__(self, directory: Path, max_num_seqs: int = 16, comm: Comm | None = None, **values: Any) -> None:
+        comm = comm or LocalComm()
         config = EngineConfig.from_kwargs(**{"model": str(directory), "dtype": "float32", "plugins": []} | values)
         plugins = load_config_plugins(config)
         self.source = open_source(config, plugins)
-        built = build_model(config, plugins, self.source, torch.device("cpu"), LocalComm())
+        built = build_model(config, plugins, self.source, torch.device("cpu"), comm)
         self.model, self.notes = built.model, built.notes
         self.report = load_weights(built.model, make_loader(config, plugins), directory)
         state = BatchState(max_num_seqs, self.source.max_model_len, (), extra_inputs=tuple(built.model.extra_inputs))
-        self.runner = Runner(built.model, TokenSampler(), LogitsPipeline(()), LocalComm(), (), len(built.model.state_specs()),
+        self.runner = Runner(built.model, TokenSampler(), LogitsPipeline(()), comm, (), len(built.model.state_specs()),
                              built.backends, {}, state, torch.device("cpu"))
         self._next = 0
 
