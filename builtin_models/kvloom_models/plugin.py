@@ -18,3 +18,8 @@ def kvloom_register_models(registry: Registrar) -> None:
         ("Qwen3ForCausalLM", "qwen3", "Qwen3Config"),
     ):
         registry.add(architecture, f"kvloom_models.{module}:{architecture}", config=f"kvloom_models.config:{config}")
+    for family, module in (("Bert", "bert"), ("Roberta", "roberta"), ("XLMRoberta", "roberta"), ("DistilBert", "distilbert"),
+                           ("ModernBert", "modernbert")):
+        ours = family.removeprefix("XLM")
+        for kind in ("Model", "ForSequenceClassification", "ForMaskedLM"):
+            registry.add(family + kind, f"kvloom_models.{module}:{ours}{kind}", config=f"kvloom_models.encoder_config:{ours}Config")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from kvloom.core import RequestSpec, check_prompt_length, root_digest
 from kvloom.errors import RequestFailedError, RequestValidationError
 from kvloom.interfaces import SequenceView, Tokenizer
 from kvloom.params import SamplingParams
-from kvloom.prompts import ParsedPrompt, Truncation, check_token_ids
+from kvloom.prompts import ParsedPrompt, Truncation, check_extras, check_token_ids
 
 if TYPE_CHECKING:
     from kvloom.runtime.logits import LogitsPipeline
@@ -57,6 +57,7 @@ class RequestRules:
         end_tokens: see `EndTokens`.
         tokenizer: None with ``skip_tokenizer_init``.
         pipeline: the logits processors.
+        extra_inputs: see `Model.extra_inputs`.
     """
 
     seed: int
@@ -68,6 +69,7 @@ class RequestRules:
     end_tokens: EndTokens
     tokenizer: Tokenizer | None
     pipeline: LogitsPipeline
+    extra_inputs: Mapping[str, int] = field(default_factory=dict)
 
     def need_tokenizer(self, what: str, parameter: str = "prompt") -> Tokenizer:
         """The tokenizer. Raises `RequestValidationError` that says what needs it."""
@@ -98,13 +100,17 @@ class RequestRules:
         sampling = params.with_vocabulary(self.vocab_size, self.max_logprobs)
         if sampling.stop_strings:
             self.need_tokenizer("stop strings", "stop")
-        token_ids = tuple(self._encode(prompt, _truncation(prompt, sampling)))
+        cut = _truncation(prompt, sampling)
+        token_ids = tuple(self._encode(prompt, cut))
         check_prompt_length(len(token_ids), self.max_model_len)
+        check_extras(prompt.extras, self.extra_inputs)
+        kept = slice(-len(token_ids), None) if cut is None or cut.keep_end else slice(len(token_ids))
+        extras = {name: values[kept] for name, values in prompt.extras.items()}
         seed = self._derived_seed(number) if sampling.seed is None else sampling.seed % 2**64
         asked = self.pipeline.ask(sampling, self.tokenizer)
         reads = sampling.prompt_logprobs is None
         specs = [RequestSpec(token_ids, sampling, priority, self.end_tokens.eos_token_id, self.end_tokens.extra, seed, index,
-                             self._cache_root(prompt.cache_salt, number), reads or index > 0, processors=asked)
+                             self._cache_root(prompt, number), reads or index > 0, processors=asked, extras=extras)
                  for index in range(sampling.num_sequences)]
         if asked:  # what processors refuse, they refuse here; the worker makes states of its own
             self.pipeline.start(SequenceView(-1, 0, token_ids, sampling, self.vocab_size, specs[0].end_token_ids), asked)
@@ -113,9 +119,11 @@ class RequestRules:
     def _derived_seed(self, number: int) -> int:
         return int.from_bytes(blake2b(struct.pack("<QQ", self.seed % 2**64, number), digest_size=8).digest(), "little")
 
-    def _cache_root(self, salt: str, number: int) -> bytes:
+    def _cache_root(self, prompt: ParsedPrompt, number: int) -> bytes:
         # Without a prefix cache no two requests may meet, but the completions of one do.
-        return root_digest(self.model_revision, cache_salt=salt, media=() if self.cached else (f"request {number}",))
+        alone = () if self.cached else (f"request {number}",)
+        extras = tuple(f"{name} {values}" for name, values in prompt.extras.items())
+        return root_digest(self.model_revision, cache_salt=prompt.cache_salt, media=(*alone, *extras))
 
     def _bounded(self, text: str, cut: Truncation | None) -> str:
         """A text of a length that is worth encoding, which takes a second per megabyte: the part that is wanted."""

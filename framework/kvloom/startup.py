@@ -77,7 +77,8 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
                 config.model.seed, str(source.directory), source.config.vocab_size, source.max_model_len, config.features.max_logprobs,
                 limits.cached, EndTokens.of(source.end_token_ids, tokenizer), tokenizer,
                 logits.LogitsPipeline(logits.make_processors(plugins.registries["logits_processors"],
-                                                              config.features.logits_processors or ())))
+                                                              config.features.logits_processors or ())),
+                executor.call(_extra_inputs)[0])
         notes = (f"dtype: {dtype_name(source.dtype)}", f"threads: {_threads()}", *report.notes, *plugins.notes)
         start = StartReport(tuple(timer.phases), timer.elapsed_s, plan.num_blocks, plan.capacity_tokens, notes)
         running = RunningEngine(config, engine, executor, plugins, rules, source.defaults, plan, start)
@@ -91,6 +92,10 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
 
 def _chunkable(worker: Any) -> bool:
     return bool(worker.model.chunkable)
+
+
+def _extra_inputs(worker: Any) -> dict[str, int]:
+    return dict(worker.model.extra_inputs)
 
 
 def _threads() -> int:

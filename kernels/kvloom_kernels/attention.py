@@ -25,7 +25,8 @@ class Scores:
 
     Args:
         scale: factor on the scores.
-        window_tokens: a query sees itself and the ``window_tokens - 1`` tokens before it; None: all.
+        window_tokens: a query sees itself and the ``window_tokens - 1`` tokens before it, and if not causal, as many after it;
+            None: all.
         soft_cap: scores become ``soft_cap * tanh(scores / soft_cap)``; None leaves them.
         causal: False: every query of a row sees the row's whole context.
     """
@@ -40,7 +41,9 @@ def visible(query_positions: Tensor, key_positions: Tensor, scores: Scores) -> T
     """Which keys each query sees, by position: ``[..., Q]``, ``[..., K]`` -> bool ``[..., Q, K]``."""
     query, key = query_positions[..., :, None], key_positions[..., None, :]
     seen = key <= query if scores.causal else torch.ones_like(key <= query)
-    return seen if scores.window_tokens is None else seen & (key > query - scores.window_tokens)
+    if scores.window_tokens is None:
+        return seen
+    return seen & (key > query - scores.window_tokens) & (key < query + scores.window_tokens)
 
 
 def paged_attention_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, query_starts: np.ndarray[Any, Any],

@@ -1,4 +1,4 @@
-"""Random arrivals, lengths, shared prefixes, aborts, preemptions and failures against tiny pools of several KV groups.
+"""Random arrivals, lengths, shared prefixes, aborts, preemptions and failures against tiny pools of several KV groups, or none.
 
 After every rule the scheduler's invariants hold. At the end every request that was let through has exactly the tokens that a
 plain loop without a cache gives it, and every block has come back.
@@ -24,7 +24,7 @@ from kvloom_plugins.schedulers.fcfs import FirstComePolicy
 from kvloom_plugins.schedulers.priority import PriorityPolicy
 
 EOS, STOP = 3, 7
-WINDOWS = [(None,), (5,), (None, 6), (3, 9), (None, 1), (4, None, 11)]
+WINDOWS = [(None,), (5,), (None, 6), (3, 9), (None, 1), (4, None, 11), ()]
 
 
 class CoreMachine(RuleBasedStateMachine):
@@ -45,9 +45,11 @@ class CoreMachine(RuleBasedStateMachine):
         # What one request of the greatest length takes, times `pool`: so several that run together run out of blocks.
         columns = -(-(max_model_len - 1) // block_tokens)
         reaches = [columns if w is None or not chunked else -(-(w - 1) // block_tokens) + 1 for w in windows]
-        num_blocks = max(2, int(pool * sum(min(columns, reach) for reach in reaches)) + 1)
+        num_blocks = max(2, int(pool * sum(min(columns, reach) for reach in reaches)) + 1) if groups else 0
+        chunked = chunked and bool(groups)  # a model that keeps nothing computes a prompt in one step
         self.limits = SchedulerLimits(
             max_model_len, max_num_seqs, budget if chunked else max(budget, max_model_len), threshold, chunked, cached,
+            chunkable=bool(groups),
         )
         tier = HostTierReport(host_blocks, block_bytes=1, bytes_per_s=2.0, tokens_per_s=tokens_per_s) if host_blocks else None
         self.model = FakeModel(vocab_size=97, eos_token_id=EOS, eos_every=11)

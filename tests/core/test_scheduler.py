@@ -7,7 +7,7 @@ from core_helpers import Harness
 
 from kvloom.core import RequestSpec
 from kvloom.core.wire import from_wire, to_wire
-from kvloom.errors import InternalError, RequestValidationError, UnsupportedFeatureError
+from kvloom.errors import ConfigError, InternalError, RequestValidationError, UnsupportedFeatureError
 from kvloom.interfaces import RowError, RowResult, StepResult, TokenLogprob
 from kvloom.params import SamplingParams
 from kvloom_plugins.schedulers.priority import PriorityPolicy
@@ -242,3 +242,42 @@ def test_what_is_no_plain_data_does_not_travel() -> None:
     with pytest.raises(UnsupportedFeatureError, match="plain data"):
         to_wire(h.scheduler.schedule())
     assert SamplingParams()
+
+
+def test_a_model_that_keeps_nothing_needs_no_blocks() -> None:
+    h = Harness(windows=(), num_blocks=0, chunkable=False, max_num_batched_tokens=128, max_num_seqs=3)
+    requests = [h.add(range(first, first + n)) for first, n in ((0, 60), (100, 60), (200, 20), (300, 1))]
+    h.step()
+    assert [(r.sequence_id, r.start, r.num_tokens, r.new_blocks) for r in h.last_step.ranges] == [(0, 0, 60, ()), (1, 0, 60, ())]
+    assert [new.block_ids for new in h.last_step.new] == [(), ()]
+    assert (h.scheduler.num_free_blocks, h.scheduler.num_usable_blocks) == (0, 0)
+    h.step()
+    assert [r.num_tokens for r in h.last_step.ranges] == [1, 1, 20]
+    h.run()
+    assert all(r.output_token_ids == h.expected(r) and not r.metrics.num_preemptions for r in requests)
+
+
+def test_without_blocks_nothing_is_found_in_a_prefix_cache() -> None:
+    h = Harness(windows=(), num_blocks=0, chunkable=False, max_num_batched_tokens=128)
+    first = h.add(range(40))
+    h.step()
+    second = h.add(range(40))
+    sibling = h.engine.add(RequestSpec(tuple(range(40)), SamplingParams(n=2, max_tokens=3), leader=first.sequence_id))
+    h.run()
+    assert [r.metrics.num_cached_tokens for r in (first, second, sibling)] == [0, 0, 0]
+    assert h.scheduler.forget_prefixes()
+
+
+def test_a_budget_smaller_than_a_prompt_that_cannot_be_cut_is_refused() -> None:
+    with pytest.raises(ConfigError, match="this model computes a prompt in one step"):
+        Harness(windows=(), num_blocks=0, chunkable=False, max_num_batched_tokens=32, max_model_len=33)
+
+
+def test_a_request_that_had_to_give_way_without_blocks_starts_again() -> None:
+    h = Harness(windows=(), num_blocks=0, chunkable=False, max_num_batched_tokens=128)
+    request = h.add(range(9))
+    h.step()
+    h.scheduler.preempt(request.sequence_id)
+    h.run()
+    assert (request.metrics.num_preemptions, request.metrics.num_recomputed_tokens) == (1, 9)
+    assert request.output_token_ids == h.expected(request)

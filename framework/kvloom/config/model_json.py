@@ -107,7 +107,7 @@ def derive_max_model_len(config: ModelConfig) -> int:
     linear, dynamic: max_position_embeddings is the trained context, the factor stretches it. yarn: from the original context.
     llama3: max_position_embeddings is the stretched one already.
     """
-    rope, trained = config.rope, config.max_position_embeddings
+    rope, trained = config.rope, config.max_position_embeddings - config.first_position
     if rope.rope_type in ("linear", "dynamic"):
         return int(trained * rope.factor)
     if rope.rope_type == "yarn":

@@ -5,6 +5,8 @@ A column is entry j of all groups. In a window group the entries that no later t
 
     full     [ 7  9  3  4 ]
     window   [ 0  0  5  6 ]      dropped = 2
+
+A model that keeps nothing has no groups: its tables are always empty, and every sequence fits.
 """
 
 from __future__ import annotations
@@ -23,6 +25,12 @@ if TYPE_CHECKING:
     from kvloom.core.request import Request
 
 Moves = tuple[tuple[BlockMove, ...], tuple[BlockMove, ...]]
+
+
+NO_BLOCKS = 1
+"""Blocks of a pool of which none is usable: the null block."""
+UNBOUNDED_TOKENS = 2**62
+"""How many fit where none takes a block."""
 
 
 class BlockTable:
@@ -73,7 +81,7 @@ class KVBlocks:
     """Gives blocks to sequences and takes them back; keeps what the prefix cache may find again.
 
     Args:
-        groups: of the model, all with one block size.
+        groups: of the model, all with one block size; none where no layer keeps state.
         num_blocks: of the pool, the null block included.
         cached: whether blocks are kept for later requests; those of a prompt that siblings share always are.
         tier: where content goes when its block is needed for something else.
@@ -85,12 +93,12 @@ class KVBlocks:
 
     def __init__(self, groups: Sequence[KVGroup], num_blocks: int, *, cached: bool, tier: HostTier | None = None) -> None:
         _check_groups(groups, num_blocks)
-        self.block_tokens = groups[0].block_tokens
+        self.block_tokens = groups[0].block_tokens if groups else 1
         self._groups = tuple(groups)
         self._windows = [(g.index, g.window_tokens) for g in groups if g.window_tokens is not None]
         # A window of w tokens reads w - 1 tokens before the one that is computed.
         reach = [ALL_BLOCKS if g.window_tokens is None else self._columns(g.window_tokens - 1) for g in groups]
-        self._pool = BlockPool(num_blocks)
+        self._pool = BlockPool(num_blocks if groups else NO_BLOCKS)
         self._hasher = BlockHasher(self.block_tokens)
         self._cached = cached
         self._cache = PrefixCache(reach)
@@ -125,6 +133,8 @@ class KVBlocks:
 
     def tokens_that_fit(self, request: Request) -> int:
         """How many tokens more than `scheduled_tokens` its blocks and the free ones hold."""
+        if not self._groups:
+            return UNBOUNDED_TOKENS
         free_columns = self._pool.num_free // len(self._groups)
         return request.table.capacity_tokens + free_columns * self.block_tokens - request.scheduled_tokens
 
@@ -172,7 +182,8 @@ class KVBlocks:
         return Hit(tokens, tuple(blocks), tuple(on_host))
 
     def _keeps(self, request: Request) -> bool:
-        return self._cached or request.spec.shares_prompt or (self._tier is not None and request.lost_tokens > 0)
+        kept = self._cached or request.spec.shares_prompt or (self._tier is not None and request.lost_tokens > 0)
+        return bool(self._groups) and kept
 
     def take_hit(self, request: Request, hit: Hit) -> None:
         """Make the hit's blocks the beginning of an empty table."""
@@ -302,7 +313,7 @@ class KVBlocks:
         tables = [r.table for r in requests]
         for table in tables:
             sizes = {len(blocks) * self.block_tokens for blocks in table.groups}
-            if sizes != {table.capacity_tokens}:
+            if self._groups and sizes != {table.capacity_tokens}:
                 raise InternalError(f"a table of {table.capacity_tokens} tokens has groups of {sizes} tokens")
             for dropped, blocks in zip(table.dropped, table.groups, strict=True):
                 if any(blocks[:dropped]) or not all(blocks[dropped:]):
@@ -315,8 +326,6 @@ class KVBlocks:
 
 def _check_groups(groups: Sequence[KVGroup], num_blocks: int) -> None:
     """Refuse what block tables of this kind cannot serve."""
-    if not groups:
-        raise UnsupportedFeatureError("KV groups", "none", "the scheduler serves models that keep state per token")
     for position, g in enumerate(groups):
         if g.kind not in (StateKind.FULL, StateKind.LATENT, StateKind.WINDOW):
             raise UnsupportedFeatureError("KV group", g.kind.value, "layers may keep full, latent or window state")
@@ -324,5 +333,5 @@ def _check_groups(groups: Sequence[KVGroup], num_blocks: int) -> None:
             raise InternalError(f"KV group {g} at position {position}: wrong index, or a window without a size")
     if len({g.block_tokens for g in groups}) > 1:
         raise ConfigError(f"all KV groups need one block size, got {sorted({g.block_tokens for g in groups})}")
-    if num_blocks < 2:
+    if groups and num_blocks < 2:
         raise ConfigError(f"the KV cache needs at least 2 blocks (one is the null block), got {num_blocks}")

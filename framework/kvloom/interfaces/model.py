@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from kvloom.interfaces.attention import AttentionBackend, AttentionSpec, LayerCache
@@ -65,7 +66,7 @@ class ForwardContext:
 
     Args:
         comm: collectives of this tensor-parallel group.
-        layers: by layer index; None for layers without state.
+        layers: by layer index; None for layers that asked for no backend.
         adapters: rows and adapters of this step, None when no row has one.
         auxiliary_layers: layers whose hidden states the caller wants in `ModelOutputs.auxiliary`.
     """
@@ -149,8 +150,9 @@ class Model(ABC):
 
     position_axes: int = 1
     """P of `ModelInputs.positions`."""
-    extra_inputs: tuple[str, ...] = ()
-    """Names of the per-token integers that `forward` reads from `ModelInputs.extras`."""
+    extra_inputs: Mapping[str, int] = MappingProxyType({})
+    """Names of the per-token integers that `forward` reads from `ModelInputs.extras`, each with its number of values: an integer
+    is 0 or more and less than that, and 0 where a request gives none. An instance may set its own."""
     chunkable: bool = True
     """False when a prompt must be computed in one step (bidirectional encoders)."""
     tasks: tuple[str, ...] = ("generate", "embed")
@@ -158,7 +160,7 @@ class Model(ABC):
     pooling: str = "LAST"
     """How its hidden states are pooled when neither the configuration nor the checkpoint says."""
     ignored: tuple[str, ...] = ()
-    """Shell patterns (`fnmatch`) of checkpoint tensors known to be unused, e.g. ``*.rotary_emb.inv_freq``."""
+    """Shell patterns (`fnmatch`) of checkpoint tensors known to be unused, e.g. ``*.rotary_emb.inv_freq``; see `tensor_name`."""
 
     @abstractmethod
     def __init__(self, config: Any, build: BuildContext) -> None: ...
@@ -188,6 +190,14 @@ class Model(ABC):
     def module_map(self) -> Mapping[str, ModuleTarget]:
         """Checkpoint module prefix (``model.layers.0.self_attn.q_proj``) -> target. Prefixes of other pipeline stages are listed
         in `other_stage_prefixes`, a tied ``lm_head`` in `ignored`."""
+
+    def tensor_name(self, name: str) -> str:
+        """What `module_map`, `ignored` and `other_stage_prefixes` call the checkpoint's tensor `name`.
+
+        Checkpoints of one architecture differ in the prefix that they give the base model, or in what they call a norm's weight. Our
+        own names stay as they are. Two tensors that get one name are refused.
+        """
+        return name
 
     def other_stage_prefixes(self) -> tuple[str, ...]:
         """Checkpoint prefixes that another pipeline stage loads."""

@@ -6,7 +6,7 @@ id and brings deltas; everything else is gathered from here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +38,9 @@ class StepIndices:
         query_starts: ``[R + 1]`` int32, first token of each range.
         context_tokens: ``[R]`` int32, tokens that exist once the range is computed.
         token_ids, positions: ``[T]`` int64.
-        groups: by KV group index.
+        groups: by KV group index; empty where no layer keeps state.
         sampled: ``[S]`` indices into the ranges of those whose last position is sampled.
+        extras: ``[T]`` int64 each, by the names that the model asked for.
     """
 
     rows: Array
@@ -49,6 +50,7 @@ class StepIndices:
     positions: Array
     groups: tuple[GroupIndices, ...]
     sampled: Array
+    extras: Mapping[str, Array]
 
 
 class BatchState:
@@ -59,14 +61,17 @@ class BatchState:
 
     Args:
         start: makes the logits processors of a sequence that comes.
+        extra_inputs: see `Model.extra_inputs`; 0 for tokens of sequences that bring none.
     """
 
     def __init__(self, max_num_seqs: int, max_model_len: int, groups: tuple[KVGroup, ...],
-                 start: Callable[[NewSequence], SequenceProcessors] = lambda new: NO_PROCESSORS) -> None:
+                 start: Callable[[NewSequence], SequenceProcessors] = lambda new: NO_PROCESSORS,
+                 extra_inputs: Sequence[str] = ()) -> None:
         self._groups, self._start = groups, start
         self._row_of: dict[int, int] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self.token_ids = np.zeros((max_num_seqs, max_model_len + 1), np.int64)
+        self._extras = {name: np.zeros_like(self.token_ids) for name in extra_inputs}
         width = [-(-max_model_len // g.block_tokens) for g in groups]
         self._tables = [np.zeros((max_num_seqs, w), np.int32) for w in width]
         self._table_blocks = np.zeros((len(groups), max_num_seqs), np.int64)
@@ -112,6 +117,10 @@ class BatchState:
             row = self._row_of[new.sequence_id] = self._free_rows.pop()
         self.token_ids[row] = 0
         self.token_ids[row, : len(new.token_ids)] = new.token_ids
+        for name, values in self._extras.items():
+            given = new.extras.get(name, ())
+            values[row] = 0
+            values[row, : len(given)] = given
         for table in self._tables:
             table[row] = 0
         self._table_blocks[:, row] = 0
@@ -148,14 +157,16 @@ class BatchState:
         else:
             of_row = np.repeat(np.arange(len(ranges)), counts)
             positions = np.arange(int(ends[-1])) + np.repeat(starts - query_starts[:-1], counts)
+        token_rows = rows[of_row]
         return StepIndices(
             rows=rows,
             query_starts=query_starts.astype(np.int32),
             context_tokens=contexts.astype(np.int32),
-            token_ids=self.token_ids[rows[of_row], positions],
+            token_ids=self.token_ids[token_rows, positions],
             positions=positions,
             groups=tuple(self._group_indices(g, rows, of_row, positions, int(contexts.max())) for g in range(len(self._groups))),
             sampled=sampled,
+            extras={name: values[token_rows, positions] for name, values in self._extras.items()},
         )
 
     def _group_indices(self, g: int, rows: Array, of_row: Array, positions: Array, max_context: int) -> GroupIndices:

@@ -56,7 +56,7 @@ class BuiltModel:
     """A model with uninitialised parameters.
 
     Args:
-        backends: by layer index, for layers with paged state.
+        backends: by layer index, for attention layers.
         notes: lines for the start report.
     """
 

@@ -14,11 +14,14 @@ from kvloom.interfaces.model import ForwardContext, LayerStep, Model, ModelInput
 from kvloom.interfaces.sampling import Sampler
 from kvloom.interfaces.state import KVGroup
 from kvloom.interfaces.step import RowResult, Step, StepResult
-from kvloom.runtime.batch import BatchState, StepIndices
+from kvloom.runtime.batch import BatchState, GroupIndices, StepIndices
 from kvloom.runtime.host_blocks import HostBlocks
 from kvloom.runtime.logits import LogitsPipeline
 from kvloom.runtime.logprobs import Candidates
 from kvloom.runtime.sampling import LogitsOf, RowSampler
+
+NO_GROUP = GroupIndices(np.zeros((0, 0), np.int32), np.zeros(0, np.int64))
+"""Of layers that keep nothing."""
 
 
 class Runner:
@@ -26,8 +29,8 @@ class Runner:
 
     Args:
         pipeline: the logits processors.
-        backends: by layer index, the attention backend of every layer with paged state.
-        caches: by layer index, its KV tensors.
+        backends: by layer index, the attention backend of every attention layer.
+        caches: by layer index, the KV tensors of those that keep state.
         host_blocks: where blocks go that leave the device; None where none do.
     """
 
@@ -37,6 +40,7 @@ class Runner:
         self._model, self._comm, self._device = model, comm, device
         self._groups, self._num_layers = groups, num_layers
         self._backends, self._caches = backends, caches
+        self._unstored = tuple(i for i, backend in backends.items() if not backend.spec.stored)
         self._state, self._host_blocks = state, host_blocks
         self._rows = RowSampler(sampler, pipeline, state)
 
@@ -50,7 +54,9 @@ class Runner:
             return StepResult(step.step_id, ())
         indices = self._state.indices(step)
         ctx = ForwardContext(self._comm, self._layer_steps(indices))
-        inputs = ModelInputs(token_ids=self._to_device(indices.token_ids), positions=self._to_device(indices.positions)[None])
+        inputs = ModelInputs(
+            token_ids=self._to_device(indices.token_ids), positions=self._to_device(indices.positions)[None],
+            extras={name: self._to_device(values) for name, values in indices.extras.items()})
         hidden = self._model.forward(inputs, ctx).hidden
 
         def logits_of(rows: torch.Tensor) -> torch.Tensor:
@@ -72,20 +78,24 @@ class Runner:
         """Prepare each group once per backend, and hand every layer its backend, cache and metadata."""
         steps: list[LayerStep | None] = [None] * self._num_layers
         contexts, starts = self._to_device(indices.context_tokens), self._to_device(indices.query_starts)
-        for group, group_indices in zip(self._groups, indices.groups, strict=True):
+        parts = [(group.layers, g) for group, g in zip(self._groups, indices.groups, strict=True)]
+        if self._unstored:
+            parts.append((self._unstored, NO_GROUP))
+        for layers, group in parts:
             batch = AttentionBatch(
                 query_starts=starts,
                 context_tokens=contexts,
-                block_table=self._to_device(group_indices.block_table),
-                slots=self._to_device(group_indices.slots),
+                block_table=self._to_device(group.block_table),
+                slots=self._to_device(group.slots),
                 query_starts_host=indices.query_starts,
                 context_tokens_host=indices.context_tokens,
                 max_query_tokens=int(np.diff(indices.query_starts).max()),
                 max_context_tokens=int(indices.context_tokens.max()),
             )
-            prepared = {id(b): b.prepare(batch) for b in {id(self._backends[i]): self._backends[i] for i in group.layers}.values()}
-            for i in group.layers:
-                steps[i] = LayerStep(self._backends[i], self._caches[i], prepared[id(self._backends[i])])
+            prepared = {id(b): b.prepare(batch) for b in {id(self._backends[i]): self._backends[i] for i in layers}.values()}
+            for i in layers:
+                cache = self._caches[i] if group is not NO_GROUP else LayerCache(i, ())
+                steps[i] = LayerStep(self._backends[i], cache, prepared[id(self._backends[i])])
         return steps
 
     def _sample(self, step: Step, indices: StepIndices, hidden: torch.Tensor, logits_of: LogitsOf) -> dict[int, RowResult]:

@@ -188,7 +188,8 @@ class DeviceWorker:
         pipeline = LogitsPipeline(make_processors(self._plugins.registries["logits_processors"],
                                                   self._config.features.logits_processors or ()))
         vocab_size = self._source.config.vocab_size
-        state = BatchState(limits.max_num_seqs, limits.max_model_len, groups, lambda new: _start(pipeline, new, vocab_size))
+        state = BatchState(limits.max_num_seqs, limits.max_model_len, groups, lambda new: _start(pipeline, new, vocab_size),
+                           tuple(built.model.extra_inputs))
         num_layers = len(built.model.state_specs())
         tier = self._host_tier()
         host_blocks = HostBlocks(groups, caches, tier.num_blocks) if tier is not None and tier.num_blocks else None

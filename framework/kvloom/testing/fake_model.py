@@ -87,7 +87,7 @@ class FakeWorker:
 
     Args:
         model: gives the tokens.
-        groups: KV groups that the model pretends to have.
+        groups: KV groups that the model pretends to have; none: it keeps nothing.
         num_blocks: blocks of the simulated cache, the null block included.
         max_num_seqs: sequences that it can remember at once; None sets no bound.
         host_blocks: of the simulated host tier.
@@ -98,7 +98,8 @@ class FakeWorker:
         self._model = model
         self._groups = tuple(groups)
         self._max_num_seqs = max_num_seqs
-        self._blocks: list[list[Slot | None]] = [[None] * groups[0].block_tokens for _ in range(num_blocks)]
+        self._block_tokens = groups[0].block_tokens if groups else 1
+        self._blocks: list[list[Slot | None]] = [[None] * self._block_tokens for _ in range(num_blocks)]
         self._host: dict[int, list[Slot | None]] = {block: [] for block in range(1, host_blocks + 1)}
         self._rows: dict[int, _Row] = {}
         self._last_step_id = -1
@@ -154,13 +155,13 @@ class FakeWorker:
         return RowResult(r.sequence_id, (row.tokens[-1],) if r.sample else ())
 
     def _check_range(self, r: TokenRange, row: _Row, end: int) -> None:
-        size = self._groups[0].block_tokens
+        size = self._block_tokens
         lengths = {len(table) for table in row.tables}
         if r.start != row.computed_tokens:
             raise KVMismatchError(f"{r} starts elsewhere than at the {row.computed_tokens} computed tokens")
         if r.num_tokens < 1 or end > len(row.tokens) or r.sample != (end == len(row.tokens)):
             raise KVMismatchError(f"{r} does not fit the {len(row.tokens)} known tokens")
-        if lengths != {-(-end // size)}:
+        if self._groups and lengths != {-(-end // size)}:
             raise KVMismatchError(f"{r} needs {-(-end // size)} blocks of {size} tokens, the tables have {lengths}")
 
     def _extend_states(self, row: _Row, end: int) -> None:

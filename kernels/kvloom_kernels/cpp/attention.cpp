@@ -29,7 +29,10 @@ struct Item {
 inline int64_t first_seen(const Shape& s, int64_t position) {
     return s.window && position - s.window + 1 > 0 ? position - s.window + 1 : 0;
 }
-inline int64_t last_seen(const Shape& s, int64_t position, int64_t context) { return s.causal ? position + 1 : context; }
+inline int64_t last_seen(const Shape& s, int64_t position, int64_t context) {
+    if (s.causal) return position + 1;
+    return s.window && position + s.window < context ? position + s.window : context;
+}
 
 struct Work {
     std::vector<float> q, out, best, total;

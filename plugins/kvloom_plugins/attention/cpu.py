@@ -9,6 +9,7 @@ from torch import Tensor
 from kvloom.interfaces import AttentionBatch, AttentionSpec, LayerCache, TensorShape
 from kvloom_kernels.attention import norm_rope_write, paged_attention
 from kvloom_kernels.native import problem
+from kvloom_kernels.token_attention import token_attention
 from kvloom_plugins.attention.paged import PagedAttention, PagedMeta
 
 
@@ -43,6 +44,10 @@ class CpuAttention(PagedAttention):
         k_cache, v_cache = cache.tensors
         return paged_attention(_heads_together(q), k_cache, v_cache, batch.block_table, batch.query_starts, batch.context_tokens,
                                self.scores, out, sinks)
+
+    def attend_tokens(self, q: Tensor, k: Tensor, v: Tensor, meta: PagedMeta, out: Tensor) -> Tensor:
+        """See `AttentionBackend.attend_tokens`."""
+        return token_attention(_heads_together(q), _heads_together(k), _heads_together(v), meta.batch.query_starts, self.scores, out)
 
     def norm_rope_write(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, meta: PagedMeta, cos_sin: Tensor,
                         positions: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> bool:
