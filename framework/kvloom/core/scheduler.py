@@ -18,6 +18,8 @@ from operator import attrgetter
 from types import MappingProxyType
 
 from kvloom.core.admission import Admission
+from kvloom.core.branches import DROPPED, BranchGroup
+from kvloom.core.failures import row_failure, step_failure
 from kvloom.core.kv_blocks import KVBlocks
 from kvloom.core.limits import SchedulerLimits
 from kvloom.core.request import Request, RequestSpec, RequestState
@@ -25,11 +27,13 @@ from kvloom.core.request_queue import RequestQueue
 from kvloom.core.step_plan import StepPlan, check_result
 from kvloom.core.stop import Finish
 from kvloom.errors import InternalError, RequestFailedError
+from kvloom.interfaces.decoder import Branch
 from kvloom.interfaces.scheduling import SchedulingPolicy
 from kvloom.interfaces.state import KVGroup
-from kvloom.interfaces.step import BlockIds, RowError, RowResult, Step, StepResult, TokenRange
+from kvloom.interfaces.step import BlockIds, RowResult, Step, StepResult, TokenRange
 
 NO_CAUSES: Mapping[int, Exception] = MappingProxyType({})
+WORKER_KNOWS = (RequestState.RUNNING, RequestState.DRAINING)
 
 
 class Scheduler:
@@ -52,6 +56,7 @@ class Scheduler:
         self._kv = KVBlocks(groups, num_blocks, cached=limits.cached)
         self._admission = Admission(limits, groups, self._kv)
         self._requests: dict[int, Request] = {}  # all that hold a place or blocks, finished ones in flight included
+        self._groups: dict[int, BranchGroup] = {}  # by their root's id, while they live
         self._held: dict[int, list[Request]] = {}  # leader -> siblings that wait for its prompt
         self._waiting = RequestQueue()
         self._running = RequestQueue()  # RUNNING and DRAINING: those that the worker knows
@@ -102,6 +107,8 @@ class Scheduler:
         self._next_sequence_id += 1
         self._requests[request.sequence_id] = request
         request.order = self._order(request)
+        if request.group is not None:
+            self._groups[request.sequence_id] = request.group
         leader = self._requests.get(-1 if spec.leader is None else spec.leader)
         if leader is not None and leader.finish is None and not leader.output_tokens:
             request.state = RequestState.HELD
@@ -113,7 +120,10 @@ class Scheduler:
     def finish(self, sequence_id: int, reason: str, stop_reason: int | str | None = None) -> None:
         """End a request from outside: a stop string ("stop") or its caller ("abort"). Unknown and ended ones are left alone."""
         request = self._requests.get(sequence_id)
-        if request is not None and request.finish is None:
+        group = self._groups.get(sequence_id) if request is None else request.group
+        if group is not None:
+            self._end_group(group, Finish(reason, stop_reason))
+        elif request is not None and request.finish is None:
             self._end(request, Finish(reason, stop_reason))
 
     def preempt(self, sequence_id: int) -> bool:
@@ -132,10 +142,11 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """The next step: running requests first, in the policy's order, then waiting ones. None when nobody can go on."""
-        plan = StepPlan(self._limits.max_num_batched_tokens)
-        self._schedule_running(plan)
-        if not plan.out_of_blocks:
-            self._schedule_waiting(plan)
+        plan = self._plan()
+        # Branches that wait for the rest of their group keep what the rest needs: the newest give way until somebody can go on.
+        while not len(plan) and self._groups and not self._in_flight and len(self._running) and self.num_waiting:
+            self._preempt(self._running.last)
+            plan = self._plan()
         if not len(plan):
             return None
         step = plan.seal(self._next_step_id, self._tell_preempted, self._tell_finished)
@@ -144,23 +155,35 @@ class Scheduler:
         self._in_flight.append(step)
         return step
 
+    def _plan(self) -> StepPlan:
+        plan = StepPlan(self._limits.max_num_batched_tokens)
+        self._schedule_running(plan)
+        if not plan.out_of_blocks:
+            self._schedule_waiting(plan)
+        return plan
+
     def _schedule_running(self, plan: StepPlan) -> None:
         for request in self._running:
             if request.state is not RequestState.RUNNING:  # gave way in this very loop, or before
                 continue
             num_tokens = self._tokens_within(plan, request.unscheduled_tokens)
             new_blocks: BlockIds = ()
+            if num_tokens and request.group is not None and not self._own_last_block(request, plan):
+                plan.out_of_blocks = True
+                continue
             if num_tokens > request.table.capacity_tokens - request.scheduled_tokens:
                 num_tokens = self._make_room(request, num_tokens)
                 plan.out_of_blocks |= not num_tokens
                 new_blocks = self._kv.extend(request, request.scheduled_tokens + num_tokens)
-            if num_tokens:
+            if num_tokens and request.is_untold:
+                plan.introduce(request, num_tokens)
+            elif num_tokens:
                 plan.add(request, num_tokens, new_blocks)
 
     def _schedule_waiting(self, plan: StepPlan) -> None:
         """Strictly in order: when the first cannot start, nobody behind it does."""
         now_s = time.monotonic()
-        while len(self._waiting) and len(self._running) < self._limits.max_num_seqs:
+        while len(self._waiting) and self._has_place_for(self._waiting.first):
             request = self._waiting.first
             hit = self._kv.find_hit(request)
             num_tokens = self._tokens_within(plan, len(request.token_ids) - hit.tokens)
@@ -173,6 +196,15 @@ class Scheduler:
             num_tokens = min(num_tokens, self._kv.tokens_that_fit(request))
             self._kv.extend(request, request.scheduled_tokens + num_tokens)
             plan.introduce(request, num_tokens)
+
+    def _has_place_for(self, request: Request) -> bool:
+        """Branching requests that have begun keep places for all branches that they may have."""
+        taken = len(self._running)
+        for group in self._groups.values():
+            running = sum(b.state in WORKER_KNOWS for b in group.branches)
+            if running or group is request.group:
+                taken += group.rule.needs.max_branches - running
+        return taken + (request.group is None) <= self._limits.max_num_seqs
 
     def _tokens_within(self, plan: StepPlan, num_tokens: int) -> int:
         """How many of the tokens that a request could compute this step may take; a prompt that may not be cut is all or nothing."""
@@ -189,10 +221,24 @@ class Scheduler:
                 return num_tokens
             if fit > 0 and self._chunked:
                 return fit
-            # Blocks that are about to come back are waited for, before another one gives way for nothing.
-            if self._leaving or self._running.last is request:
+            if not self._push_out(request):
                 return 0
-            self._preempt(self._running.last)
+
+    def _own_last_block(self, request: Request, plan: StepPlan) -> bool:
+        """See to it that a branch writes its next token into a block that no other one holds. False when no block is left."""
+        while shared := self._kv.shared_ahead(request):
+            if len(shared) <= self._kv.num_free:
+                plan.copies += self._kv.make_private(request, shared)
+            elif not self._push_out(request):
+                return False
+        return True
+
+    def _push_out(self, request: Request) -> bool:
+        """Let the newest request give way to `request`. False when that would be itself, or blocks are about to come back anyway."""
+        if self._leaving or self._running.last is request:
+            return False
+        self._preempt(self._running.last)
+        return True
 
     # -- commit: the committed cursor
 
@@ -215,18 +261,22 @@ class Scheduler:
             request = self._requests[done.sequence_id]
             request.landed(done)
             if request.finish is None and self._take_over(request, done, row, now_s, causes.get(done.sequence_id)):
-                updated.append(request)
+                updated.append(request if request.group is None else request.group.root)
             if request.sequence_id in self._leaving and not request.in_flight:
                 self._leave(request)
         return updated
 
     def _take_over(self, request: Request, done: TokenRange, row: RowResult, now_s: float, cause: Exception | None) -> bool:
-        """Apply one row to a live request; True when it got tokens or ended."""
+        """Apply one row to a live request; True when it got tokens or ended. Of a branching one: when all of it ended."""
         if row.error is not None:
-            self._end(request, Finish("error"), _row_failure(row.error, cause))
+            self._fail(request, row_failure(row.error, cause))
             return True
         finish = request.commit(done, row, now_s)
         self._kv.settle(request)
+        if request.group is not None:
+            if request.group.is_undecided:
+                self._decide(request.group)
+            return request.group.root.sequence_id not in self._groups
         if done.sample:
             self._release(request)
         if finish is not None:
@@ -245,8 +295,8 @@ class Scheduler:
             request = self._requests[done.sequence_id]
             request.landed(done)
             if request.finish is None:
-                self._end(request, Finish("error"), _step_failure(step, error))
-                failed.append(request)
+                self._fail(request, step_failure(step, error))
+                failed.append(request if request.group is None else request.group.root)
             if request.sequence_id in self._leaving and not request.in_flight:
                 self._leave(request)
         # The worker may not have heard who left. Forgetting twice does no harm, forgetting a resumed one would.
@@ -265,7 +315,10 @@ class Scheduler:
     # -- transitions
 
     def _order(self, request: Request) -> tuple[float, ...]:
-        return (*self._policy.sort_key(request), request.sequence_id)
+        if request.group is None:
+            return (*self._policy.sort_key(request), request.sequence_id)
+        root = request.group.root  # branches stay together
+        return (*self._policy.sort_key(root), root.sequence_id, request.sequence_id)
 
     def _release(self, leader: Request) -> None:
         """Its prompt is computed, or it ended: siblings wait for nobody any more."""
@@ -300,6 +353,53 @@ class Scheduler:
         if not request.in_flight:
             self._leave(request)
 
+    def _fail(self, request: Request, error: RequestFailedError) -> None:
+        if request.group is None:
+            self._end(request, Finish("error"), error)
+        else:
+            self._end_group(request.group, Finish("error"), error)
+
+    def _end_group(self, group: BranchGroup, finish: Finish, error: RequestFailedError | None = None) -> None:
+        """A branching request ends as a whole. Its root says why, also when that branch was dropped long ago."""
+        if self._groups.pop(group.root.sequence_id, None) is None:
+            return
+        for branch in group.branches:
+            self._end(branch, finish, error)
+        group.branches = []
+        group.root.finish, group.root.error = finish, error
+        group.root.metrics.finished_time = time.monotonic()
+
+    def _decide(self, group: BranchGroup) -> None:
+        """Its round is over: parents go on in place, further children are forked, and what nothing continues is dropped."""
+        try:
+            decided = group.decide()
+        except RequestFailedError as error:
+            self._end_group(group, Finish("error"), error)
+            return
+        parents, in_place = group.branches, dict[int, int]()
+        children: dict[int, Request] = {}
+        for place, branch in enumerate(decided):  # forks first: they take their parent as it is
+            if in_place.setdefault(branch.parent, place) != place:
+                children[place] = self._fork(parents[branch.parent], branch)
+        for number, parent in enumerate(parents):
+            if number not in in_place:
+                self._end(parent, DROPPED)
+                continue
+            place = in_place[number]
+            parent.go_on(decided[place])
+            children[place] = parent
+        group.branches = [children[place] for place in range(len(decided))]
+        if not group.branches:
+            self._end_group(group, group.finish)
+
+    def _fork(self, parent: Request, branch: Branch) -> Request:
+        fork = parent.fork(self._next_sequence_id, self._kv.fork(parent.table), branch)
+        self._next_sequence_id += 1
+        self._requests[fork.sequence_id] = fork
+        fork.order = self._order(fork)
+        self._running.add(fork)
+        return fork
+
     def _forget_held(self, request: Request) -> None:
         leader = next(i for i, held in self._held.items() if request in held)
         self._held[leader].remove(request)
@@ -327,10 +427,12 @@ class Scheduler:
         self._kv.check_integrity(requests)
         for request in requests:
             request.check_integrity()
-        known = (RequestState.RUNNING, RequestState.DRAINING)
+        for group in self._groups.values():
+            if group.is_undecided or any(b.finish or self._requests.get(b.sequence_id) is not b for b in group.branches):
+                raise InternalError(f"the branches of sequence {group.root.sequence_id} wait for a decision, or some have ended")
         _same("held", (r for held in self._held.values() for r in held), (r for r in requests if r.state is RequestState.HELD))
         _same("waiting", self._waiting, (r for r in requests if r.state is RequestState.WAITING))
-        _same("running", self._running, (r for r in requests if r.state in known))
+        _same("running", self._running, (r for r in requests if r.state in WORKER_KNOWS))
         _same("leaving", (self._requests[i] for i in self._leaving),
               (r for r in requests if r.state in (RequestState.DRAINING, RequestState.FINISHED)))
         in_flight = Counter(done.sequence_id for step in self._in_flight for done in step.ranges)
@@ -343,17 +445,3 @@ def _same(what: str, listed: Iterable[Request], expected: Iterable[Request]) -> 
     by_order = sorted(expected, key=attrgetter("order"))
     if sorted(listed, key=attrgetter("order")) != by_order or (isinstance(listed, RequestQueue) and list(listed) != by_order):
         raise InternalError(f"the {what} requests are not those whose state says so: {[r.sequence_id for r in by_order]}")
-
-
-def _row_failure(error: RowError, cause: Exception | None) -> RequestFailedError:
-    blame = f" (plugin {error.plugin})" if error.plugin else ""
-    what = error.message if error.type_name == RequestFailedError.__name__ else f"{error.type_name}: {error.message}"
-    failure = RequestFailedError(what + blame)
-    failure.__cause__ = cause
-    return failure
-
-
-def _step_failure(step: Step, error: BaseException) -> RequestFailedError:
-    failure = RequestFailedError(f"step {step.step_id}, which computed this request, raised {type(error).__name__}: {error}")
-    failure.__cause__ = error
-    return failure

@@ -15,7 +15,7 @@ from kvloom.runtime.batch import BatchState
 from kvloom.runtime.builder import BuiltModel, ModelSource, build_model
 from kvloom.runtime.comm import LocalComm
 from kvloom.runtime.host_memory import host_memory
-from kvloom.runtime.kv_tensors import allocate
+from kvloom.runtime.kv_tensors import allocate, copy_blocks
 from kvloom.runtime.logits import NO_PROCESSORS, LogitsPipeline, SequenceProcessors, make_processors
 from kvloom.runtime.memory import MemoryPlan, memory_needs, plan_memory
 from kvloom.runtime.runner import Runner
@@ -103,7 +103,8 @@ class DeviceWorker:
         sampler = self._plugins.registries["samplers"].resolve(DEFAULT_SAMPLER).load()()
         pipeline = LogitsPipeline(make_processors(self._plugins.registries["logits_processors"]))
         vocab_size = self._source.config.vocab_size
-        state = BatchState(limits.max_num_seqs, limits.max_model_len, groups, lambda new: _start(pipeline, new, vocab_size))
+        state = BatchState(limits.max_num_seqs, limits.max_model_len, groups, lambda new: _start(pipeline, new, vocab_size),
+                           lambda copies: copy_blocks(groups, caches, copies))
         num_layers = len(built.model.state_specs())
         self._runner = Runner(built.model, sampler, pipeline, self._comm, groups, num_layers, built.backends, caches,
                               state, self._device)
