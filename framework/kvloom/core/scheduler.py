@@ -96,6 +96,10 @@ class Scheduler:
 
     # -- requests come and go
 
+    def check(self, spec: RequestSpec) -> None:
+        """Raises `RequestValidationError` for a request that can never run here."""
+        self._admission.check(spec)
+
     def add(self, spec: RequestSpec) -> Request:
         """Queue a request; its id is larger than all before.
 
