@@ -213,7 +213,7 @@ class KVBlocks:
         column, copies = request.scheduled_tokens // self.block_tokens, []
         for g in groups:
             blocks = request.table.groups[g]
-            copies.append(BlockCopy(g, blocks[column], self._fresh_block()))
+            copies.append(BlockCopy(g, blocks[column], self._fresh_block(), request.sequence_id))
             self._release(blocks[column])
             blocks[column] = copies[-1].target
         return copies

@@ -82,12 +82,13 @@ class TokenRange(NamedTuple):
 
 
 class BlockCopy(NamedTuple):
-    """Copy a whole block before the step's forward (a fork's partly filled last block). Same group; copies of one step are made in
-    their order, once however often the step comes: later blocks may be written before a repeated step reads the earlier ones."""
+    """Copy a whole block before the step's forward (a fork's partly filled last block), and put the copy in the source's place, which
+    is the last of the sequence's table. Made in their order, once however often the step comes: the source may be written since."""
 
     group: int
     source: int
     target: int
+    sequence_id: int
 
 
 class BlockMove(NamedTuple):

@@ -98,6 +98,9 @@ class BatchState:
                 self._add(new)
             if step.copies:
                 self._copy(step.copies)
+            for copy in step.copies:
+                row = self._row_of[copy.sequence_id]
+                self._tables[copy.group][row, self._table_blocks[copy.group, row] - 1] = copy.target
             self._is_taken_over = True
         for r in step.ranges:
             if r.given:

@@ -133,6 +133,7 @@ class FakeWorker:
                 self._rows[new.sequence_id] = _Row(new)
             for copy in step.copies:
                 self._blocks[copy.target] = list(self._blocks[copy.source])
+                self._rows[copy.sequence_id].tables[copy.group][-1] = copy.target
         if self._max_num_seqs is not None and len(self._rows) > self._max_num_seqs:
             raise KVMismatchError(f"step {step.step_id} brings {len(self._rows)} sequences, there is room for {self._max_num_seqs}")
         return StepResult(step.step_id, tuple(self._compute(r, fails(r)) for r in step.ranges))
