@@ -14,7 +14,8 @@ Who decides, and what the scores mean, is not known here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,6 +27,8 @@ from kvloom.interfaces.step import TokenLogprob
 if TYPE_CHECKING:
     from kvloom.core.request import Request
 
+End = Callable[["Request", Finish, RequestFailedError | None], None]
+Fork = Callable[["Request", Branch], "Request"]
 DROPPED = Finish("dropped")
 """Why a branch ended that nothing continues."""
 
@@ -99,6 +102,24 @@ class BranchGroup:
             self._keep(ended.parent, ended.token_ids, EndedBranch((), (), ended.score, ended.cumulative_logprob, ended.reason))
         return decision.live
 
+    def places_kept_from(self, request: Request) -> int:
+        """Places on the worker that its branches have not taken, and no other request may take: none before one of them has one."""
+        taken = sum(b.has_place for b in self.branches)
+        return self.rule.needs.max_branches - taken if taken or request.group is self else 0
+
+    def go_on(self, decided: Sequence[Branch], fork: Fork) -> list[Request]:
+        """Make what was decided: each parent's first child in place, further ones by `fork`. Returns parents without children."""
+        parents, in_place = self.branches, dict[int, int]()
+        children: dict[int, Request] = {}
+        for place, branch in enumerate(decided):  # forks first: they take their parent as it is
+            if in_place.setdefault(branch.parent, place) != place:
+                children[place] = fork(parents[branch.parent], branch)
+        for number, place in in_place.items():
+            parents[number].go_on(decided[place])
+            children[place] = parents[number]
+        self.branches = [children[place] for place in range(len(decided))]
+        return [parent for number, parent in enumerate(parents) if number not in in_place]
+
     def _problem(self, decision: Decision) -> str | None:
         live, finished = decision
         needs = self.rule.needs
@@ -123,3 +144,56 @@ class BranchGroup:
         logprobs = (*branch.logprobs, branch.candidates) if token_ids else tuple(branch.logprobs)
         self.results.insert(place, ended._replace(token_ids=(*branch.output_token_ids, *token_ids), logprobs=logprobs))
         del self.results[self.rule.needs.num_results:]
+
+
+class BranchGroups:
+    """The branching requests that live, by their root's id.
+
+    Ending and forking sequences is the scheduler's work: ``end(sequence, why, error)``, ``fork(parent, branch)``.
+    """
+
+    def __init__(self) -> None:
+        self._groups: dict[int, BranchGroup] = {}
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __iter__(self) -> Iterator[BranchGroup]:
+        return iter(self._groups.values())
+
+    def add(self, root: Request) -> None:
+        """Take note of a request, if it is a branching one."""
+        if root.group is not None:
+            self._groups[root.sequence_id] = root.group
+
+    def find(self, sequence_id: int, request: Request | None) -> BranchGroup | None:
+        """The group that goes by this id, also when its root, `request`, was dropped."""
+        return self._groups.get(sequence_id) if request is None else request.group
+
+    def lives(self, group: BranchGroup) -> bool:
+        """Whether it has not ended."""
+        return group.root.sequence_id in self._groups
+
+    def end(self, group: BranchGroup, end: End, finish: Finish, error: RequestFailedError | None = None) -> None:
+        """It ends as a whole. Its root says why, also when that branch was dropped long ago. Ended ones are left alone."""
+        if self._groups.pop(group.root.sequence_id, None) is None:
+            return
+        for branch in group.branches:
+            end(branch, finish, error)
+        group.branches = []
+        group.root.finish, group.root.error = finish, error
+        group.root.metrics.finished_time = time.monotonic()
+
+    def decide(self, group: BranchGroup, end: End, fork: Fork) -> None:
+        """If its round is over: parents go on, forks are made, what nothing continues is dropped."""
+        if not group.is_undecided:
+            return
+        try:
+            decided = group.decide()
+        except RequestFailedError as error:
+            self.end(group, end, Finish("error"), error)
+            return
+        for parent in group.go_on(decided, fork):
+            end(parent, DROPPED, None)
+        if not group.branches:
+            self.end(group, end, group.finish)

@@ -157,6 +157,11 @@ class Request:
         return self.token_ids[self.prompt_tokens:]
 
     @property
+    def has_place(self) -> bool:
+        """Whether it takes one of the places on the worker."""
+        return self.state in (RequestState.RUNNING, RequestState.DRAINING)
+
+    @property
     def num_preemptions(self) -> int:
         """How often it had to give way."""
         return self.metrics.num_preemptions

@@ -12,14 +12,14 @@ effect on its blocks only when no step in flight contains it::
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
-from collections.abc import Iterable, Mapping
-from operator import attrgetter
+from collections import deque
+from collections.abc import Mapping
 from types import MappingProxyType
 
 from kvloom.core.admission import Admission
-from kvloom.core.branches import DROPPED, BranchGroup
+from kvloom.core.branches import BranchGroups
 from kvloom.core.failures import row_failure, step_failure
+from kvloom.core.integrity import check_groups, check_queues
 from kvloom.core.kv_blocks import KVBlocks
 from kvloom.core.limits import SchedulerLimits
 from kvloom.core.request import Request, RequestSpec, RequestState
@@ -33,7 +33,6 @@ from kvloom.interfaces.state import KVGroup
 from kvloom.interfaces.step import BlockIds, RowResult, Step, StepResult, TokenRange
 
 NO_CAUSES: Mapping[int, Exception] = MappingProxyType({})
-WORKER_KNOWS = (RequestState.RUNNING, RequestState.DRAINING)
 
 
 class Scheduler:
@@ -56,7 +55,7 @@ class Scheduler:
         self._kv = KVBlocks(groups, num_blocks, cached=limits.cached)
         self._admission = Admission(limits, groups, self._kv)
         self._requests: dict[int, Request] = {}  # all that hold a place or blocks, finished ones in flight included
-        self._groups: dict[int, BranchGroup] = {}  # by their root's id, while they live
+        self._groups = BranchGroups()
         self._held: dict[int, list[Request]] = {}  # leader -> siblings that wait for its prompt
         self._waiting = RequestQueue()
         self._running = RequestQueue()  # RUNNING and DRAINING: those that the worker knows
@@ -111,8 +110,7 @@ class Scheduler:
         self._next_sequence_id += 1
         self._requests[request.sequence_id] = request
         request.order = self._order(request)
-        if request.group is not None:
-            self._groups[request.sequence_id] = request.group
+        self._groups.add(request)
         leader = self._requests.get(-1 if spec.leader is None else spec.leader)
         if leader is not None and leader.finish is None and not leader.output_tokens:
             request.state = RequestState.HELD
@@ -124,9 +122,9 @@ class Scheduler:
     def finish(self, sequence_id: int, reason: str, stop_reason: int | str | None = None) -> None:
         """End a request from outside: a stop string ("stop") or its caller ("abort"). Unknown and ended ones are left alone."""
         request = self._requests.get(sequence_id)
-        group = self._groups.get(sequence_id) if request is None else request.group
+        group = self._groups.find(sequence_id, request)
         if group is not None:
-            self._end_group(group, Finish(reason, stop_reason))
+            self._groups.end(group, self._end, Finish(reason, stop_reason))
         elif request is not None and request.finish is None:
             self._end(request, Finish(reason, stop_reason))
 
@@ -202,13 +200,8 @@ class Scheduler:
             plan.introduce(request, num_tokens)
 
     def _has_place_for(self, request: Request) -> bool:
-        """Branching requests that have begun keep places for all branches that they may have."""
-        taken = len(self._running)
-        for group in self._groups.values():
-            running = sum(b.state in WORKER_KNOWS for b in group.branches)
-            if running or group is request.group:
-                taken += group.rule.needs.max_branches - running
-        return taken + (request.group is None) <= self._limits.max_num_seqs
+        kept = sum(group.places_kept_from(request) for group in self._groups)
+        return len(self._running) + kept + (request.group is None) <= self._limits.max_num_seqs
 
     def _tokens_within(self, plan: StepPlan, num_tokens: int) -> int:
         """How many of the tokens that a request could compute this step may take; a prompt that may not be cut is all or nothing."""
@@ -278,9 +271,8 @@ class Scheduler:
         finish = request.commit(done, row, now_s)
         self._kv.settle(request)
         if request.group is not None:
-            if request.group.is_undecided:
-                self._decide(request.group)
-            return request.group.root.sequence_id not in self._groups
+            self._groups.decide(request.group, self._end, self._fork)
+            return not self._groups.lives(request.group)
         if done.sample:
             self._release(request)
         if finish is not None:
@@ -361,40 +353,7 @@ class Scheduler:
         if request.group is None:
             self._end(request, Finish("error"), error)
         else:
-            self._end_group(request.group, Finish("error"), error)
-
-    def _end_group(self, group: BranchGroup, finish: Finish, error: RequestFailedError | None = None) -> None:
-        """A branching request ends as a whole. Its root says why, also when that branch was dropped long ago."""
-        if self._groups.pop(group.root.sequence_id, None) is None:
-            return
-        for branch in group.branches:
-            self._end(branch, finish, error)
-        group.branches = []
-        group.root.finish, group.root.error = finish, error
-        group.root.metrics.finished_time = time.monotonic()
-
-    def _decide(self, group: BranchGroup) -> None:
-        """Its round is over: parents go on in place, further children are forked, and what nothing continues is dropped."""
-        try:
-            decided = group.decide()
-        except RequestFailedError as error:
-            self._end_group(group, Finish("error"), error)
-            return
-        parents, in_place = group.branches, dict[int, int]()
-        children: dict[int, Request] = {}
-        for place, branch in enumerate(decided):  # forks first: they take their parent as it is
-            if in_place.setdefault(branch.parent, place) != place:
-                children[place] = self._fork(parents[branch.parent], branch)
-        for number, parent in enumerate(parents):
-            if number not in in_place:
-                self._end(parent, DROPPED)
-                continue
-            place = in_place[number]
-            parent.go_on(decided[place])
-            children[place] = parent
-        group.branches = [children[place] for place in range(len(decided))]
-        if not group.branches:
-            self._end_group(group, group.finish)
+            self._groups.end(request.group, self._end, Finish("error"), error)
 
     def _fork(self, parent: Request, branch: Branch) -> Request:
         fork = parent.fork(self._next_sequence_id, self._kv.fork(parent.table), branch)
@@ -427,25 +386,6 @@ class Scheduler:
         Raises:
             InternalError: they do not; that is a bug.
         """
-        requests = self._requests.values()
-        self._kv.check_integrity(requests)
-        for request in requests:
-            request.check_integrity()
-        for group in self._groups.values():
-            if group.is_undecided or any(b.finish or self._requests.get(b.sequence_id) is not b for b in group.branches):
-                raise InternalError(f"the branches of sequence {group.root.sequence_id} wait for a decision, or some have ended")
-        _same("held", (r for held in self._held.values() for r in held), (r for r in requests if r.state is RequestState.HELD))
-        _same("waiting", self._waiting, (r for r in requests if r.state is RequestState.WAITING))
-        _same("running", self._running, (r for r in requests if r.state in WORKER_KNOWS))
-        _same("leaving", (self._requests[i] for i in self._leaving),
-              (r for r in requests if r.state in (RequestState.DRAINING, RequestState.FINISHED)))
-        in_flight = Counter(done.sequence_id for step in self._in_flight for done in step.ranges)
-        if in_flight != {r.sequence_id: r.in_flight for r in requests if r.in_flight}:
-            raise InternalError(f"in flight are {in_flight}, the requests say otherwise")
-
-
-def _same(what: str, listed: Iterable[Request], expected: Iterable[Request]) -> None:
-    """`listed` holds exactly the `expected` requests, a queue in its order."""
-    by_order = sorted(expected, key=attrgetter("order"))
-    if sorted(listed, key=attrgetter("order")) != by_order or (isinstance(listed, RequestQueue) and list(listed) != by_order):
-        raise InternalError(f"the {what} requests are not those whose state says so: {[r.sequence_id for r in by_order]}")
+        self._kv.check_integrity(self._requests.values())
+        check_queues(self._requests, self._held, self._waiting, self._running, self._leaving, self._in_flight)
+        check_groups(self._groups, self._requests)
