@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import kvloom.errors
+from kvloom.beam_outputs import BeamSearchOutput, BeamSearchSequence
 from kvloom.config import OTHER_ARGS, RENAMED, SECTIONS, NoEffect, Unsupported
 from kvloom.errors import RequestError, UnsupportedFeatureError
 from kvloom.outputs import CompletionOutput, Logprob, RequestOutput
-from kvloom.params import SamplingParams
+from kvloom.params import BeamSearchParams, SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE_ROOTS = ("framework", "builtin_models", "builtin_quant", "builtin_samplers", "plugins", "kernels")
@@ -80,6 +81,15 @@ def sampling() -> str:
     for field in fields(SamplingParams):
         state = "works" if _is_taken(field.name) else "unsupported so far"
         rows.append(f"| `{field.name}` | {_default(field)} | {state} | {meanings[field.name]} | {_test(field.name, 'tests/api/')} |")
+    return "\n".join(rows)
+
+
+def beam_search() -> str:
+    """Fields of BeamSearchParams with default and test."""
+    rows, meanings = ["| field | default | meaning | test |", "|---|---|---|---|"], _meanings(BeamSearchParams)
+    for field in fields(BeamSearchParams):
+        test = _test(f"beam_search_params_{field.name}", "tests/api/")
+        rows.append(f"| `{field.name}` | {_default(field)} | {meanings[field.name]} | {test} |")
     return "\n".join(rows)
 
 
@@ -182,6 +192,9 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "request-output": ("docs/api.md", lambda: output_fields(RequestOutput, "request_output")),
     "completion-output": ("docs/api.md", lambda: output_fields(CompletionOutput, "completion_output")),
     "logprob": ("docs/api.md", lambda: output_fields(Logprob, "logprob")),
+    "beam-search": ("docs/api.md", beam_search),
+    "beam-search-output": ("docs/api.md", lambda: output_fields(BeamSearchOutput, "beam_search_output")),
+    "beam-search-sequence": ("docs/api.md", lambda: output_fields(BeamSearchSequence, "beam_search_sequence")),
     "errors": ("docs/errors.md", error_tree),
     "transcript": ("README.md", transcript),
 }

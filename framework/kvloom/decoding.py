@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from kvloom.core import BranchRule
-from kvloom.errors import NotRegisteredError, RequestError, RequestFailedError, RequestTypeError, RequestValidationError, shown
+from kvloom.errors import NotRegisteredError, RequestError, RequestFailedError, RequestValidationError, shown
 from kvloom.hooks.registry import Registry
 from kvloom.interfaces import Branching, Candidates, Decision, Decoder
 
@@ -38,8 +38,6 @@ def find_decoder(registry: Registry[Any], name: str) -> NamedDecoder:
     Raises:
         RequestValidationError: there is none, or it only proposes drafts.
     """
-    if not isinstance(name, str):
-        raise RequestTypeError(f"decoder must be a name, got {type(name).__name__}", "decoder", name)
     try:
         entry = registry.resolve(name)
     except NotRegisteredError as error:

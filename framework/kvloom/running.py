@@ -18,6 +18,7 @@ from kvloom.errors import (
     KvloomError,
     RequestError,
     RequestFailedError,
+    RequestTypeError,
     UnsupportedFeatureError,
 )
 from kvloom.hooks.loader import PluginSet
@@ -83,6 +84,8 @@ class RunningEngine:
 
     def decoder(self, name: str) -> NamedDecoder:
         """The decoding algorithm of this name, made once an engine. Raises `RequestValidationError` when there is none."""
+        if not isinstance(name, str):
+            raise RequestTypeError(f"decoder must be a name, got {type(name).__name__}", "decoder", name)
         if name not in self._decoders:
             self._decoders[name] = find_decoder(self.plugins.registries["decoders"], name)
         return self._decoders[name]

@@ -222,7 +222,6 @@ class Request:
         self.logprobs.append(self.candidates)
         self.cumulative_logprob += branch.logprob
         self.candidates = ()
-        self.metrics.num_generation_tokens += 1
 
     def fork(self, sequence_id: int, table: BlockTable, branch: Branch) -> Request:
         """A further sequence with its tokens and this one after them; `table` shares its blocks. Call it before `go_on`."""

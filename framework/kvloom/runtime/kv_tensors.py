@@ -58,10 +58,10 @@ def copy_blocks(groups: tuple[KVGroup, ...], caches: Mapping[int, LayerCache], c
             pairs = [(c.source, c.target) for c in part if c.group == group.index]
             if not pairs:
                 continue
+            sources, targets = torch.tensor(pairs, device=caches[group.layers[0]].tensors[0].device).T.contiguous()
             for layer in group.layers:
                 for tensor in caches[layer].tensors:
-                    sources, targets = torch.tensor(pairs, device=tensor.device).T
-                    tensor[targets] = tensor[sources]
+                    tensor.index_copy_(0, targets, tensor.index_select(0, sources))
 
 
 def _independent(copies: Sequence[BlockCopy]) -> list[list[BlockCopy]]:

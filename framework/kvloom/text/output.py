@@ -29,10 +29,12 @@ def request_output(live: LiveRequest, tokenizer: Tokenizer | None, error: Kvloom
     first = live.sequences[0].request
     sampling = first.spec.sampling
     named = tokenizer.token_text if tokenizer is not None and sampling.detokenize else _no_text
+    metrics = RequestMetrics.of([s.request.metrics for s in live.sequences])
     if first.group is None:
         completions = [_completion(s, tokenizer, named) for s in live.sequences]
     else:
         completions = _results(first, first.group, tokenizer, named)
+        metrics.num_generation_tokens = sum(len(c.token_ids) for c in completions)
     if sampling.num_sequences > sampling.n and error is None:
         completions = _best(completions, sampling.n)
     if sampling.logprobs is None:
@@ -45,7 +47,7 @@ def request_output(live: LiveRequest, tokenizer: Tokenizer | None, error: Kvloom
         prompt_logprobs=None if sampling.prompt_logprobs is None else [None, *(_by_id(c, named) for c in first.prompt_logprobs)],
         outputs=completions,
         finished=True,
-        metrics=RequestMetrics.of([s.request.metrics for s in live.sequences]),
+        metrics=metrics,
         num_cached_tokens=first.metrics.num_cached_tokens,
         error=error,
     )
