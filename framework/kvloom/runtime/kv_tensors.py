@@ -58,10 +58,20 @@ def copy_blocks(groups: tuple[KVGroup, ...], caches: Mapping[int, LayerCache], c
             pairs = [(c.source, c.target) for c in part if c.group == group.index]
             if not pairs:
                 continue
-            sources, targets = torch.tensor(pairs, device=caches[group.layers[0]].tensors[0].device).T.contiguous()
+            sources, targets = np.array(pairs).T.copy()
             for layer in group.layers:
                 for tensor in caches[layer].tensors:
-                    tensor.index_copy_(0, targets, tensor.index_select(0, sources))
+                    _copy_rows(tensor, sources, targets)
+
+
+def _copy_rows(tensor: torch.Tensor, sources: np.ndarray, targets: np.ndarray) -> None:
+    """``tensor[targets] = tensor[sources]``. On the host as bytes in this thread: torch would wake all others for some kilobytes."""
+    if tensor.device.type == "cpu":
+        host = tensor.flatten(1).view(torch.uint8).numpy()
+        host[targets] = host[sources]
+    else:
+        device = tensor.device
+        tensor.index_copy_(0, torch.from_numpy(targets).to(device), tensor.index_select(0, torch.from_numpy(sources).to(device)))
 
 
 def _independent(copies: Sequence[BlockCopy]) -> list[list[BlockCopy]]:
