@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import kvloom.errors
+from kvloom.beam_outputs import BeamSearchOutput, BeamSearchSequence
 from kvloom.config import OTHER_ARGS, RENAMED, SECTIONS, NoEffect, Unsupported
 from kvloom.config.compat import OTHER_METHODS
 from kvloom.errors import RequestError, UnsupportedFeatureError
 from kvloom.llm import LLM
 from kvloom.outputs import CompletionOutput, Logprob, RequestOutput
-from kvloom.params import SamplingParams
+from kvloom.params import BeamSearchParams, SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE_ROOTS = ("framework", "builtin_models", "builtin_quant", "builtin_samplers", "plugins", "kernels")
@@ -141,6 +142,15 @@ def _test_of_argument(method: str, argument: str) -> str:
         if found := by_name or by_keyword:
             return f"`{found[0]}`"
     return _test(method, "tests/api/")
+
+
+def beam_search() -> str:
+    """Fields of BeamSearchParams with default and test."""
+    rows, meanings = ["| field | default | meaning | test |", "|---|---|---|---|"], _meanings(BeamSearchParams)
+    for field in fields(BeamSearchParams):
+        test = _test(f"beam_search_params_{field.name}", "tests/api/")
+        rows.append(f"| `{field.name}` | {_default(field)} | {meanings[field.name]} | {test} |")
+    return "\n".join(rows)
 
 
 def output_fields(cls: type, prefix: str) -> str:
@@ -266,6 +276,9 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "request-output": ("docs/api.md", lambda: output_fields(RequestOutput, "request_output")),
     "completion-output": ("docs/api.md", lambda: output_fields(CompletionOutput, "completion_output")),
     "logprob": ("docs/api.md", lambda: output_fields(Logprob, "logprob")),
+    "beam-search": ("docs/api.md", beam_search),
+    "beam-search-output": ("docs/api.md", lambda: output_fields(BeamSearchOutput, "beam_search_output")),
+    "beam-search-sequence": ("docs/api.md", lambda: output_fields(BeamSearchSequence, "beam_search_sequence")),
     "errors": ("docs/errors.md", error_tree),
     "transcript": ("README.md", transcript),
 }

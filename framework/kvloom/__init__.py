@@ -9,14 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvloom.beam_outputs import BeamSearchOutput, BeamSearchSequence
     from kvloom.hooks.markers import hookimpl
     from kvloom.llm import LLM
     from kvloom.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-    from kvloom.params import PoolingParams, RequestOutputKind, SamplingParams
+    from kvloom.params import BeamSearchParams, PoolingParams, RequestOutputKind, SamplingParams
     from kvloom.prompts import TextPrompt, TokensPrompt
 
 __all__ = [
     "LLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "CompletionOutput",
     "Logprob",
     "PoolingParams",
@@ -34,6 +38,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "LLM": "kvloom.llm",
+    "BeamSearchOutput": "kvloom.beam_outputs",
+    "BeamSearchParams": "kvloom.params",
+    "BeamSearchSequence": "kvloom.beam_outputs",
     "CompletionOutput": "kvloom.outputs",
     "Logprob": "kvloom.outputs",
     "RequestMetrics": "kvloom.outputs",

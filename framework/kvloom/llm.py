@@ -10,7 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, ParamSpec, Self
 
+from kvloom.beam_outputs import BeamSearchOutput
+from kvloom.beam_search import search
 from kvloom.config import EngineConfig
+from kvloom.decoding import Decoding
 from kvloom.errors import EngineClosedError, RequestValidationError, UnsupportedFeatureError
 from kvloom.live_request import Call
 from kvloom.maintenance import Maintenance
@@ -188,6 +191,38 @@ class LLM(Maintenance, OtherVersions):
         bound = 2 * engine.config.scheduler.max_num_seqs if max_in_flight is None else check_int("max_in_flight", max_in_flight, 1)
         pairs = pair_up(prompts, sampling_params, engine.defaults)
         return self._iterate(engine, pairs, bound, checked_priority, on_error)
+
+    def beam_search(
+        self,
+        prompts: Any,
+        params: Any,
+        lora_request: Any = None,
+        use_tqdm: bool | Callable[..., Any] = False,
+        concurrency_limit: int | None = None,
+        *,
+        decoder: str = "beam_search",
+        priority: int | Sequence[int] | None = None,
+        on_error: OnError = "raise",
+    ) -> list[BeamSearchOutput]:
+        """Find the most probable continuations of prompts; results in their order, sequences best first.
+
+        Args:
+            prompts: as in `generate`.
+            params: `BeamSearchParams`, one for all; or what another `decoder` takes.
+            concurrency_limit: prompts that are under way at a time; None sets no bound but the scheduler's.
+            decoder: name of a decoding algorithm that a plugin registered.
+            use_tqdm, priority, on_error: as in `generate`.
+
+        Raises:
+            RequestValidationError, RequestTypeError: a bad prompt or parameter; nothing was computed.
+            RequestFailedError: a request failed while it ran.
+        """
+        _refuse_later(lora_request=lora_request)
+        items = split_prompts(prompts)
+        check_on_error(on_error)
+        engine = self.llm_engine
+        decoding = Decoding(engine.decoder(decoder), params)
+        return search(engine, items, decoding, priorities_each(len(items), priority), use_tqdm, concurrency_limit, on_error)
 
     def chat(
         self,

@@ -1,4 +1,4 @@
-"""Parameters of a request: `SamplingParams` and `PoolingParams`. Field names, order and defaults are vLLM's.
+"""Parameters of a request: `SamplingParams`, `BeamSearchParams` and `PoolingParams`. Field names, order and defaults are vLLM's.
 
 Values are checked when the object is made and once more at admission (the object is mutable, as vLLM's is); the engine
 works on its own copy. No NaN, no infinity, no bool where a number belongs.
@@ -41,6 +41,10 @@ MAX_TEXT_LENGTH = 1024
 """Bound of the characters of a stop string or bad word."""
 MAX_ID_DIGITS = 20
 """Longer texts are no token ids."""
+MAX_BEAM_WIDTH = 1024
+"""Bound of the beam width."""
+MAX_LENGTH_PENALTY = 16.0
+"""Bound of a length penalty, of either sign: powers of lengths stay finite."""
 BIAS_RANGE = 100.0
 """`SamplingParams.from_optional` clamps biases to [-100, 100], as OpenAI's API does."""
 
@@ -273,6 +277,49 @@ def field_names() -> list[str]:
 
 
 @dataclass
+class BeamSearchParams:
+    """How to search. Positional in field order, as vLLM's.
+
+    Args:
+        beam_width: sequences that are followed and returned; each step looks at twice as many next tokens of each, so ``max_logprobs``
+            bounds it.
+        max_tokens: most output tokens of a sequence. Every beam runs so far, or as far as the model's length goes, unless it ends.
+        ignore_eos: end tokens are tokens like others.
+        temperature: log-probabilities are of logits divided by it, at most 2; 0 and 1 leave them alone.
+        length_penalty: scores are cumulative log-probabilities over the number of tokens, the prompt's too, to this power, which is
+            in [-16, 16].
+        include_stop_str_in_output: keep the text of a final end token.
+        skip_special_tokens: leave special tokens out of the text.
+
+    Raises:
+        RequestValidationError: a value is out of range or of the wrong type.
+    """
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every field. Called at construction and at admission."""
+        self.beam_width = check_int("beam_width", self.beam_width, 1, MAX_BEAM_WIDTH)
+        self.max_tokens = check_int("max_tokens", self.max_tokens, 1)
+        self.temperature = check_number("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise RequestValidationError(f"temperature must be 0 or at least {MIN_TEMPERATURE}, got {self.temperature}", "temperature",
+                                         self.temperature)
+        self.length_penalty = check_number("length_penalty", self.length_penalty, -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY)
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            check_bool(name, getattr(self, name))
+
+
+@dataclass
 class PoolingParams:
     """How to pool. Pooling tasks are not built yet: the class is here because a `Step` carries it."""
 
@@ -280,4 +327,4 @@ class PoolingParams:
     dimensions: int | None = None
 
 
-__all__ = ["PoolingParams", "RequestOutputKind", "SamplingParams", "field_names"]
+__all__ = ["BeamSearchParams", "PoolingParams", "RequestOutputKind", "SamplingParams", "field_names"]

@@ -9,6 +9,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 from kvloom.core import RequestSpec, check_prompt_length, root_digest
+from kvloom.decoding import Decoding, begin
 from kvloom.errors import RequestFailedError, RequestValidationError
 from kvloom.interfaces import SequenceView, Tokenizer
 from kvloom.params import SamplingParams
@@ -115,6 +116,25 @@ class RequestRules:
         if asked:  # what processors refuse, they refuse here; the worker makes states of its own
             self.pipeline.start(SequenceView(-1, 0, token_ids, sampling, self.vocab_size, specs[0].end_token_ids), asked)
         return specs
+
+    def branching(self, prompt: ParsedPrompt, decoding: Decoding, number: int, priority: int) -> RequestSpec:
+        """The sequence that a request with a decoder begins with.
+
+        Raises:
+            RequestValidationError, RequestTypeError: it cannot be served.
+            RequestFailedError: the tokenizer or the decoder raised something else.
+        """
+        token_ids = tuple(self._encode(prompt, None))
+        check_prompt_length(len(token_ids), self.max_model_len)
+        ends = self.end_tokens
+        eos = frozenset[int]() if ends.eos_token_id is None else frozenset({ends.eos_token_id})
+        rule = begin(decoding, token_ids, eos | ends.extra, max_model_len=self.max_model_len, vocab_size=self.vocab_size,
+                     max_logprobs=self.max_logprobs)
+        # Candidates come with the most probable token, which greedy sampling gives; which ones are taken, the decoder decides.
+        sampling = SamplingParams(temperature=0, max_tokens=rule.needs.max_tokens, logprobs=rule.needs.candidates_per_row,
+                                  ignore_eos=True, detokenize=self.tokenizer is not None)
+        return RequestSpec(token_ids, sampling, priority, ends.eos_token_id, ends.extra,
+                           cache_root=self._cache_root(prompt, number), branching=rule)
 
     def _derived_seed(self, number: int) -> int:
         return int.from_bytes(blake2b(struct.pack("<QQ", self.seed % 2**64, number), digest_size=8).digest(), "little")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvloom.config import EngineConfig
 from kvloom.core import Engine, Request, RequestSpec
+from kvloom.decoding import Decoding, NamedDecoder, find_decoder
 from kvloom.errors import (
     EngineClosedError,
     EngineStateError,
@@ -18,6 +19,7 @@ from kvloom.errors import (
     KvloomError,
     RequestError,
     RequestFailedError,
+    RequestTypeError,
     UnsupportedFeatureError,
 )
 from kvloom.hooks.loader import PluginSet
@@ -67,6 +69,7 @@ class RunningEngine:
         self._is_busy = self._is_closed = False
         self._live: dict[int, tuple[LiveRequest, LiveSequence]] = {}
         self.numbers = RequestCounter()
+        self._decoders: dict[str, NamedDecoder] = {}
 
     @property
     def model_name(self) -> str:
@@ -86,6 +89,14 @@ class RunningEngine:
             self._chat = ChatFormatter(self.rules.need_tokenizer("chat"), TemplateRenderer(), m.chat_template,
                                        m.allowed_local_media_path)
         return self._chat
+
+    def decoder(self, name: str) -> NamedDecoder:
+        """The decoding algorithm of this name, made once an engine. Raises `RequestValidationError` when there is none."""
+        if not isinstance(name, str):
+            raise RequestTypeError(f"decoder must be a name, got {type(name).__name__}", "decoder", name)
+        if name not in self._decoders:
+            self._decoders[name] = find_decoder(self.plugins.registries["decoders"], name)
+        return self._decoders[name]
 
     @property
     def has_work(self) -> bool:
@@ -131,13 +142,14 @@ class RunningEngine:
 
     # -- requests come
 
-    def submit(self, call: Call, prompts: Sequence[Any], params: Sequence[SamplingParams], priorities: Sequence[int], *,
+    def submit(self, call: Call, prompts: Sequence[Any], params: Sequence[SamplingParams | Decoding], priorities: Sequence[int], *,
                return_errors: bool = False, on_text: OnText | None = None, first_place: int = 0) -> None:
         """Check and queue all prompts, or none.
 
         Args:
             call: gets the outputs.
             prompts: in any form that `parse_prompt` takes.
+            params: how to sample each, or a decoder in its place.
             return_errors: a prompt that cannot be served becomes an output with the error, and the others are queued.
             on_text: told of new text as it comes; what it raises, `step` raises.
             first_place: place of the first prompt in the call.
@@ -163,7 +175,16 @@ class RunningEngine:
         for live, reason in refused:
             call.deliver(live.place, _refusal(live, reason))
 
-    def _read_prompt(self, live: LiveRequest, prompt: Any, params: SamplingParams, number: int, priority: int) -> list[RequestSpec]:
+    def check(self, prompts: Sequence[Any], params: Sequence[SamplingParams | Decoding], priorities: Sequence[int]) -> None:
+        """What `submit` would raise for prompts that are submitted later; nothing is queued."""
+        with self._alone("check"):
+            for i, (prompt, sampling, priority) in enumerate(zip(prompts, params, priorities, strict=True)):
+                live = LiveRequest(str(self.numbers.counter + i), None, i, Call())
+                for spec in self._read_prompt(live, prompt, sampling, self.numbers.counter + i, priority):
+                    self.engine.scheduler.check(spec)
+
+    def _read_prompt(self, live: LiveRequest, prompt: Any, params: SamplingParams | Decoding, number: int,
+                     priority: int) -> list[RequestSpec]:
         """A request's sequences, with their texts. Whatever goes wrong here is this request's failure, as a `RequestError`."""
         try:
             parsed = parse_prompt(prompt)
@@ -177,8 +198,11 @@ class RunningEngine:
             raise _failure(live, "cannot be read", error) from error
         return specs
 
-    def _checked(self, prompt: ParsedPrompt, params: SamplingParams, number: int, priority: int) -> list[RequestSpec]:
-        specs = self.rules.specs(prompt, params, number, priority)
+    def _checked(self, prompt: ParsedPrompt, params: SamplingParams | Decoding, number: int, priority: int) -> list[RequestSpec]:
+        if isinstance(params, Decoding):
+            specs = [self.rules.branching(prompt, params, number, priority)]
+        else:
+            specs = self.rules.specs(prompt, params, number, priority)
         arrival_s = time.monotonic()
         return [replace(s, arrival_s=arrival_s) for s in specs]
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from api_helpers import Truth, run, writes, written
 
-from kvloom import LLM, CompletionOutput, Logprob, RequestMetrics, RequestOutput, SamplingParams
+from kvloom import LLM, BeamSearchParams, CompletionOutput, Logprob, RequestMetrics, RequestOutput, SamplingParams
 from kvloom.beam_outputs import BeamSearchOutput, BeamSearchSequence
 from kvloom.errors import RequestFailedError, RequestValidationError
 from kvloom.live_request import Call
@@ -51,7 +51,7 @@ ROWS = {
     "pooling_output": ["data", "embedding"],
     "pooling_request_output": ["request_id", "outputs", "prompt_token_ids", "finished", "num_cached_tokens", "error"],
     "embedding_output": ["embedding", "hidden_size"], "classification_output": ["probs", "num_classes"], "scoring_output": ["score", "embedding"],
-    "beam_search_output": ["sequences"], "beam_search_sequence": [f.name for f in fields(BeamSearchSequence)],
+    "beam_search_output": ["sequences", "error"], "beam_search_sequence": [f.name for f in fields(BeamSearchSequence)],
 }
 
 
@@ -471,6 +471,13 @@ BEAM = BeamSearchSequence([1, 2, 3], [{3: Logprob(-0.5)}])
 
 def test_beam_search_output_sequences__as_given() -> None:
     assert BeamSearchOutput([BEAM]).sequences == [BEAM]
+
+
+def test_beam_search_output_error__of_a_request_that_failed(llm: LLM) -> None:
+    good, bad = llm.beam_search(["a", [10**6]], BeamSearchParams(2, 3), on_error="return")
+    assert (good.error, len(good.sequences)) == (None, 2)
+    assert isinstance(bad.error, RequestValidationError)
+    assert bad.sequences == []
 
 
 def test_beam_search_sequence_tokens__with_the_prompt() -> None:

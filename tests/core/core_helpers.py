@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvloom.core import Engine, Request, RequestSpec, Scheduler, SchedulerLimits
-from kvloom.interfaces import KVGroup, SchedulingPolicy, StateKind
-from kvloom.params import SamplingParams
+from kvloom.core import BranchRule, Engine, Request, RequestSpec, Scheduler, SchedulerLimits
+from kvloom.interfaces import Candidates, Decision, KVGroup, SchedulingPolicy, StateKind
+from kvloom.params import BeamSearchParams, SamplingParams
 from kvloom.testing.fake_model import FakeExecutor, FakeModel
 from kvloom_plugins.schedulers.fcfs import FirstComePolicy
+from kvloom_samplers.beam_search import BeamSearch
 
 
 def make_groups(windows: Sequence[int | None], block_tokens: int) -> tuple[KVGroup, ...]:
@@ -37,6 +38,12 @@ class Harness:
                                   ignore_eos=spec.pop("ignore_eos", False))
         return self.engine.add(RequestSpec(tuple(prompt), sampling, eos_token_id=self.model.eos_token_id, **spec))
 
+    def search(self, prompt: Sequence[int], cache_root: bytes = b"", **params) -> tuple[Request, list]:
+        """Add a beam search, and what it should find."""
+        ends, room = frozenset({self.model.eos_token_id}), self.limits.max_model_len - len(prompt)
+        spec = branching_spec(prompt, beam_rule(prompt, ends, room, **params), cache_root=cache_root)
+        return self.engine.add(spec), searched(self.model, prompt, beam_rule(prompt, ends, room, **params))
+
     def step(self) -> list[Request]:
         updated = self.engine.step()
         self.scheduler.check_integrity()
@@ -61,3 +68,43 @@ class Harness:
     @property
     def last_step(self):
         return self.executor.steps[-1]
+
+
+def beam_rule(prompt: Sequence[int], ends: frozenset[int], room_tokens: int, **params) -> BranchRule:
+    """A request's rule by the beam search plugin."""
+    decoder = BeamSearch()
+    state, needs = decoder.start(BeamSearchParams(**{"beam_width": 4, "max_tokens": 8} | params), prompt, ends, room_tokens)
+
+    def decide(candidates: Sequence[Candidates]) -> Decision:
+        nonlocal state
+        state, decision = decoder.decide(state, candidates)
+        return decision
+
+    return BranchRule(needs, decide)
+
+
+def branching_spec(prompt: Sequence[int], rule: BranchRule, **spec) -> RequestSpec:
+    """As the request rules make it."""
+    sampling = SamplingParams(temperature=0, max_tokens=rule.needs.max_tokens, logprobs=rule.needs.candidates_per_row, ignore_eos=True)
+    return RequestSpec(tuple(prompt), sampling, branching=rule, **spec)
+
+
+def searched(model: FakeModel, prompt: Sequence[int], rule: BranchRule) -> list[tuple[tuple[int, ...], float]]:
+    """Tokens and score of each result, by a plain loop that computes every sequence from its beginning and shares nothing."""
+    live, finished = [((), 0.0)], []
+    while live:
+        asked = []
+        for number, (output, total) in enumerate(live):
+            state = b""
+            for token_id in (*prompt, *output):
+                state = model.absorb(state, token_id)
+            asked.append(Candidates(number, output, total, model.candidates(state, rule.needs.candidates_per_row)))
+        decision = rule.decide(asked)
+        finished += [((*live[f.parent][0], *f.token_ids), f.score) for f in decision.finished]
+        live = [((*live[b.parent][0], b.token_id), live[b.parent][1] + b.logprob) for b in decision.live]
+    return sorted(finished, key=lambda result: -result[1])[:rule.needs.num_results]
+
+
+def found(request: Request) -> list[tuple[tuple[int, ...], float]]:
+    """The same of what the scheduler made."""
+    return [(r.token_ids, r.score) for r in request.group.results]

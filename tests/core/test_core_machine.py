@@ -1,4 +1,4 @@
-"""Random arrivals, lengths, shared prefixes, aborts, preemptions and failures against tiny pools of several KV groups, or none.
+"""Random arrivals, lengths, shared prefixes, forks, aborts, preemptions and failures against tiny pools of several KV groups, or none.
 
 After every rule the scheduler's invariants hold. At the end every request that was let through has exactly the tokens that a
 plain loop without a cache gives it, and every block has come back.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import replace
 
-from core_helpers import make_groups
+from core_helpers import beam_rule, branching_spec, found, make_groups, searched
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -64,6 +64,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(self.limits, groups, num_blocks, policy(), tier)
         self.depth = depth
         self.requests: list[Request] = []
+        self.to_find: dict[int, list] = {}  # what branching requests should find
         self.in_flight: deque[Step] = deque()
         self.tainted: set[int] = set()  # in flight when an earlier step failed: the worker may not be able to run them
 
@@ -85,6 +86,25 @@ class CoreMachine(RuleBasedStateMachine):
                 continue
             siblings = [replace(spec, sample_index=i, leader=leader.sequence_id, read_prefix_cache=True) for i in range(1, n)]
             self.requests += [leader, *map(self.scheduler.add, siblings)]
+
+    @rule(first=st.integers(0, 2), length=st.integers(0, 20), width=st.integers(1, 4), max_tokens=st.integers(1, 12),
+          priority=st.integers(-1, 1), salt=st.sampled_from([b"", b"x"]), ignore_eos=st.booleans(), penalty=st.sampled_from([0.0, 1.0, -0.5]))
+    def arrive_branching(self, first, length, width, max_tokens, priority, salt, ignore_eos, penalty):
+        prompt = (first, *(position % 3 for position in range(length)))
+        if len(prompt) >= self.limits.max_model_len:
+            return
+
+        def made():
+            return beam_rule(prompt, frozenset({EOS}), self.limits.max_model_len - len(prompt), beam_width=width, max_tokens=max_tokens,
+                             ignore_eos=ignore_eos, length_penalty=penalty)
+
+        try:
+            request = self.scheduler.add(branching_spec(prompt, made(), priority=priority, cache_root=salt))
+        except RequestValidationError as error:
+            assert error.parameter in ("beam_width", "max_tokens")  # noqa: PT017
+            return
+        self.requests.append(request)
+        self.to_find[request.sequence_id] = searched(self.model, prompt, made())
 
     @rule(rounds=st.integers(1, 10))
     def run(self, rounds):
@@ -132,7 +152,10 @@ class CoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
     def preempt(self, data):
-        self.scheduler.preempt(data.draw(st.sampled_from(self.requests)).sequence_id)
+        request = data.draw(st.sampled_from(self.requests))
+        if request.group is not None and request.group.branches:
+            request = data.draw(st.sampled_from(request.group.branches))
+        self.scheduler.preempt(request.sequence_id)
 
     @precondition(lambda self: self.failures and self.in_flight)
     @rule(data=st.data())
@@ -159,7 +182,7 @@ class CoreMachine(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "scheduler"):
             return
-        rounds = (self.depth + 3) * (sum(r.stop.end_tokens for r in self.requests) + 10)
+        rounds = (self.depth + 3) * (sum(r.stop.end_tokens * r.spec.max_branches for r in self.requests) + 10)
         while self.scheduler.num_running or self.scheduler.num_waiting or self.in_flight:
             rounds -= 1
             assert rounds > 0, "no progress"
@@ -183,12 +206,18 @@ class CoreMachine(RuleBasedStateMachine):
         assert len(step.ranges) <= self.limits.max_num_seqs
         ends = {r.sequence_id: r.stop.end_tokens for r in self.requests}
         for r in step.ranges:
-            assert r.start + r.num_tokens < ends[r.sequence_id], "the last token that a request may have is never computed"
+            assert r.start + r.num_tokens < ends.get(r.sequence_id, self.limits.max_model_len), "the last token that a request may have is never computed"
             assert r.num_tokens <= self.limits.max_chunk_tokens
 
     def check_outcome(self, request: Request):
-        expected = self.expected(request)
         assert request.finish is not None
+        if request.group is not None:
+            assert not request.group.branches
+            assert (request.error is not None) == (request.finish.reason == "error")
+            if request.finish.reason not in ("error", "abort") and request.finish.stop_reason != "END":
+                assert found(request) == self.to_find[request.sequence_id]
+            return
+        expected = self.expected(request)
         if request.finish.reason == "error":
             assert request.error is not None
         elif request.finish.reason != "abort" and request.finish.stop_reason != "END":

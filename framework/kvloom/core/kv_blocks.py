@@ -19,7 +19,7 @@ from kvloom.core.host_tier import HostTier, Key
 from kvloom.core.prefix_cache import ALL_BLOCKS, BlockHasher, PrefixCache
 from kvloom.errors import ConfigError, InternalError, UnsupportedFeatureError
 from kvloom.interfaces.state import KVGroup, StateKind
-from kvloom.interfaces.step import BlockIds, BlockMove, Step
+from kvloom.interfaces.step import BlockCopy, BlockIds, BlockMove, Step
 
 if TYPE_CHECKING:
     from kvloom.core.request import Request
@@ -273,6 +273,33 @@ class KVBlocks:
                 for g, blocks in enumerate(request.table.groups):
                     self._tier.store(g, digest, blocks[full])
         self.free(request)
+
+    # -- sequences that branch
+
+    def fork(self, table: BlockTable) -> BlockTable:
+        """Another table with the same blocks, each of which has one holder more."""
+        fork = self.new_table()
+        for blocks, own in zip(table.groups, fork.groups, strict=True):
+            own.extend(blocks)
+        fork.capacity_tokens, fork.dropped, fork.published = table.capacity_tokens, list(table.dropped), table.published
+        for block in fork.held():
+            self._pool.share(block)
+        return fork
+
+    def shared_ahead(self, request: Request) -> list[int]:
+        """Groups whose block for the next token is there, and others hold it too: it may not be written."""
+        column = request.scheduled_tokens // self.block_tokens
+        return [g for g, blocks in enumerate(request.table.groups) if column < len(blocks) and self._pool.is_shared(blocks[column])]
+
+    def make_private(self, request: Request, groups: Sequence[int]) -> list[BlockCopy]:
+        """Put a copy of its own in the place of each block that `shared_ahead` found; takes as many free blocks."""
+        column, copies = request.scheduled_tokens // self.block_tokens, []
+        for g in groups:
+            blocks = request.table.groups[g]
+            copies.append(BlockCopy(g, blocks[column], self._fresh_block(), request.sequence_id))
+            self._release(blocks[column])
+            blocks[column] = copies[-1].target
+        return copies
 
     def free(self, request: Request) -> None:
         """Take back everything; the request has an empty table afterwards."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvloom.interfaces.adapter import AdaptableLayer, Adapter, AdapterBatch, AdapterReport
 from kvloom.interfaces.attention import AttentionBackend, AttentionBatch, AttentionSpec, LayerCache, TensorShape
 from kvloom.interfaces.comm import Comm
-from kvloom.interfaces.decoder import Branch, Candidates, Decision, Decoder, FinishedBranch, Proposer
+from kvloom.interfaces.decoder import Branch, Branching, Candidates, Decision, Decoder, FinishedBranch, Proposer
 from kvloom.interfaces.executor import Executor
 from kvloom.interfaces.grammar import CompiledGrammar, Grammar, GrammarMatcher, GrammarProblem, GrammarSpec
 from kvloom.interfaces.loader import TensorInfo, WeightLoader
@@ -66,6 +66,7 @@ __all__ = [
     "BlockCopy",
     "BlockMove",
     "Branch",
+    "Branching",
     "BuildContext",
     "CacheMethod",
     "Candidates",

@@ -36,6 +36,7 @@ class NewSequence:
         extras: named per-token integers the model asked for (``token_type_ids``), each as long as the prompt.
         end_token_ids: that end a text, for processors that put that off.
         processors: name of each logits processor that the request asks for, with its parameters as plain data.
+        score_temperature: candidates' log-probabilities are of logits divided by it; 0 leaves the logits alone.
     """
 
     sequence_id: int
@@ -52,6 +53,7 @@ class NewSequence:
     extras: dict[str, tuple[int, ...]] = field(default_factory=dict)
     end_token_ids: tuple[int, ...] = ()
     processors: tuple[tuple[str, Any], ...] = ()
+    score_temperature: float = 0.0
 
 
 class TokenRange(NamedTuple):
@@ -66,6 +68,7 @@ class TokenRange(NamedTuple):
         pending: how many of the range's trailing tokens are results of earlier steps that were not committed yet: the
             worker already holds them, the scheduler does not ("row r of step k").
         draft_token_ids: proposed successors that this step verifies (speculation).
+        given: the range's last tokens, where a decoder chose them: they replace what the worker sampled.
     """
 
     sequence_id: int
@@ -75,14 +78,17 @@ class TokenRange(NamedTuple):
     sample: bool = False
     pending: int = 0
     draft_token_ids: tuple[int, ...] = ()
+    given: tuple[int, ...] = ()
 
 
 class BlockCopy(NamedTuple):
-    """Copy a whole block before the step's forward (a fork's partly filled last block). Same group, both owned."""
+    """Copy a whole block before the step's forward (a fork's partly filled last block), and put the copy in the source's place, which
+    is the last of the sequence's table. Made in their order, once however often the step comes: the source may be written since."""
 
     group: int
     source: int
     target: int
+    sequence_id: int
 
 
 class BlockMove(NamedTuple):

@@ -14,7 +14,7 @@ import numpy as np
 
 from kvloom.errors import InternalError
 from kvloom.interfaces.state import KVGroup
-from kvloom.interfaces.step import NewSequence, Step
+from kvloom.interfaces.step import BlockCopy, NewSequence, Step
 from kvloom.params import SamplingParams
 from kvloom.runtime.logits import NO_PROCESSORS, SequenceProcessors
 
@@ -59,15 +59,18 @@ class BatchState:
     Attributes:
         num_candidates, num_prompt_candidates: per row, candidates wanted with each output and each prompt token; -1 none.
 
+        score_temperatures: per row, what logits are divided by before its candidates' log-probabilities are taken; 0 nothing.
+
     Args:
         start: makes the logits processors of a sequence that comes.
         extra_inputs: see `Model.extra_inputs`; 0 for tokens of sequences that bring none.
+        copy: copies KV blocks.
     """
 
     def __init__(self, max_num_seqs: int, max_model_len: int, groups: tuple[KVGroup, ...],
                  start: Callable[[NewSequence], SequenceProcessors] = lambda new: NO_PROCESSORS,
-                 extra_inputs: Sequence[str] = ()) -> None:
-        self._groups, self._start = groups, start
+                 extra_inputs: Sequence[str] = (), copy: Callable[[Sequence[BlockCopy]], None] = lambda copies: None) -> None:
+        self._groups, self._start, self._copy = groups, start, copy
         self._row_of: dict[int, int] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self.token_ids = np.zeros((max_num_seqs, max_model_len + 1), np.int64)
@@ -80,6 +83,7 @@ class BatchState:
         self.sample_indices = np.zeros(max_num_seqs, np.int64)
         self.num_candidates = np.full(max_num_seqs, -1)
         self.num_prompt_candidates = np.full(max_num_seqs, -1)
+        self.score_temperatures = np.zeros(max_num_seqs, np.float32)
         self.prompt_tokens = np.zeros(max_num_seqs, np.int64)
         self.params: list[SamplingParams | None] = [None] * max_num_seqs
         self.processors = [NO_PROCESSORS] * max_num_seqs
@@ -87,7 +91,7 @@ class BatchState:
         self._appended: set[int] = set()  # sequences whose new blocks of this step were taken over
 
     def apply(self, step: Step) -> None:
-        """Take over a step's deltas, once however often it comes: who left, who came, which blocks its ranges append."""
+        """Take over a step's deltas, once however often it comes: who left, who came, block copies, which blocks its ranges append."""
         if step.step_id != self._step_id:
             self._step_id, self._is_taken_over = step.step_id, False
             self._appended.clear()
@@ -96,8 +100,16 @@ class BatchState:
                 self._forget(sequence_id)
             for new in (*step.new, *step.resumed):
                 self._add(new)
+            if step.copies:
+                self._copy(step.copies)
+            for copy in step.copies:
+                row = self._row_of[copy.sequence_id]
+                self._tables[copy.group][row, self._table_blocks[copy.group, row] - 1] = copy.target
             self._is_taken_over = True
         for r in step.ranges:
+            if r.given:
+                end = r.start + r.num_tokens
+                self.token_ids[self._row_of[r.sequence_id], end - len(r.given):end] = r.given
             if r.new_blocks and r.sequence_id not in self._appended:
                 self._appended.add(r.sequence_id)
                 self._append_blocks(self._row_of[r.sequence_id], r.new_blocks)
@@ -133,6 +145,7 @@ class BatchState:
         self.num_candidates[row] = -1 if new.sampling is None else new.sampling.num_candidates
         prompt_logprobs = None if new.sampling is None or new.sample_index else new.sampling.prompt_logprobs  # the leader's serve all
         self.num_prompt_candidates[row] = -1 if prompt_logprobs is None else prompt_logprobs
+        self.score_temperatures[row] = new.score_temperature
         self.prompt_tokens[row] = new.prompt_tokens
 
     def _append_blocks(self, row: int, blocks: tuple[tuple[int, ...], ...]) -> None:

@@ -41,7 +41,7 @@ class RowSampler:
         # The raw logits must outlive the processors, which work in place.
         logits = raw.clone() if raw.dtype is torch.float32 and len(asking) else raw.float()
         done = self._sampler.sample(self._pipeline.apply(logits, processors), self._sampling_rows(ranges, rows, positions))
-        logprobs = self._logprobs(raw, done.token_ids, wanted, asking)
+        logprobs = self._logprobs(raw, done.token_ids, rows, wanted, asking)
         failed = {s: self._failure(s, done, hidden, processors, logits_of) for s in done.failed}
         failed |= {s: _row_error(p.error) for s, p in enumerate(processors) if p.error is not None}
         token_ids = done.token_ids.cpu().numpy()
@@ -64,14 +64,15 @@ class RowSampler:
             positions=positions,
         )
 
-    def _logprobs(self, raw: Tensor, token_ids: Tensor, wanted: Array, asking: Array) -> dict[int, tuple[Candidates, ...]]:
+    def _logprobs(self, raw: Tensor, token_ids: Tensor, rows: Array, wanted: Array,
+                  asking: Array) -> dict[int, tuple[Candidates, ...]]:
         """Of the rows that ask, by index."""
         if not len(asking):
             return {}
         if len(asking) < len(wanted):
             index = torch.from_numpy(asking).to(raw.device)
             raw, token_ids = raw[index], token_ids[index]
-        found = candidates(raw, token_ids, wanted[asking].tolist())
+        found = candidates(_scaled(raw, self._state.score_temperatures[rows[asking]]), token_ids, wanted[asking].tolist())
         return {int(s): (row,) for s, row in zip(asking, found, strict=True)}
 
     def _failure(self, s: int, done: SampledTokens, hidden: Tensor, processors: Sequence[SequenceProcessors],
@@ -96,6 +97,14 @@ class RowSampler:
             return None
         following = torch.from_numpy(self._state.token_ids[row, r.start + 1:end + 1]).to(hidden.device)
         return tuple(prompt_candidates(hidden[:end - r.start], following, wanted, logits_of))
+
+
+def _scaled(logits: Tensor, temperatures: Array) -> Tensor:
+    """``[r, V]`` divided by each row's temperature, 0 leaves it alone."""
+    if not temperatures.any():
+        return logits
+    divisors = np.where(temperatures > 0, temperatures, np.float32(1))
+    return logits.float() / torch.from_numpy(divisors).to(logits.device)[:, None]
 
 
 def _row_error(error: RequestError) -> RowError:

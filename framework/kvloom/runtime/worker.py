@@ -21,7 +21,7 @@ from kvloom.runtime.builder import BuiltModel, ModelSource, build_model
 from kvloom.runtime.comm import LocalComm
 from kvloom.runtime.host_blocks import HostBlocks
 from kvloom.runtime.host_memory import host_memory, release_freed
-from kvloom.runtime.kv_tensors import LayerShapes, allocate
+from kvloom.runtime.kv_tensors import LayerShapes, allocate, copy_blocks
 from kvloom.runtime.logits import NO_PROCESSORS, LogitsPipeline, SequenceProcessors, make_processors
 from kvloom.runtime.memory import MemoryPlan, memory_needs, plan_memory
 from kvloom.runtime.offload import HostWeights, layers_to_offload, offload, weights_bytes, weights_of
@@ -189,7 +189,7 @@ class DeviceWorker:
                                                   self._config.features.logits_processors or ()))
         vocab_size = self._source.config.vocab_size
         state = BatchState(limits.max_num_seqs, limits.max_model_len, groups, lambda new: _start(pipeline, new, vocab_size),
-                           tuple(built.model.extra_inputs))
+                           tuple(built.model.extra_inputs), lambda copies: copy_blocks(groups, caches, copies))
         num_layers = len(built.model.state_specs())
         tier = self._host_tier()
         host_blocks = HostBlocks(groups, caches, tier.num_blocks) if tier is not None and tier.num_blocks else None

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from kvloom.errors import KvloomError, UnsupportedFeatureError
 from kvloom.interfaces.executor import Executor
 from kvloom.interfaces.state import KVGroup
-from kvloom.interfaces.step import NewSequence, RowError, RowResult, Step, StepResult, TokenRange
+from kvloom.interfaces.step import NewSequence, RowError, RowResult, Step, StepResult, TokenLogprob, TokenRange
 from kvloom.interfaces.worker import HostTierReport, WorkerFactory, WorkerReport
 
 
@@ -47,6 +47,17 @@ class FakeModel:
         if self.eos_token_id is not None and number % self.eos_every == 0:
             return self.eos_token_id
         return (number >> 8) % self.vocab_size
+
+    def candidates(self, state: bytes, count: int) -> tuple[TokenLogprob, ...]:
+        """The best tokens that may follow, best first: `next_token`, and others as far behind it as the state says."""
+        found = [self.next_token(state)]
+        while len(found) < min(count, self.vocab_size):
+            state = self.absorb(state, len(found))
+            following = self.next_token(state)
+            if following not in found:
+                found.append(following)
+        scale = 1 + state[0] / 64
+        return tuple(TokenLogprob(token_id, -(i + 1) / scale, i + 1) for i, token_id in enumerate(found))
 
     def generate(self, prompt: Sequence[int], max_tokens: int, stop_token_ids: frozenset[int] = frozenset(), *,
                  ignore_eos: bool = False) -> list[int]:
@@ -80,6 +91,12 @@ class _Row:
         self.states: list[bytes] = []
         self.tables = [list(blocks) for blocks in new.block_ids]
         self.computed_tokens = new.computed_tokens
+        self.candidates = -1 if new.sampling is None else new.sampling.num_candidates
+
+    def take_given(self, token_ids: Sequence[int], end: int) -> None:
+        """A decoder chose the tokens before `end`."""
+        self.tokens[end - len(token_ids):] = token_ids
+        del self.states[end - len(token_ids):]
 
 
 class FakeWorker:
@@ -119,6 +136,9 @@ class FakeWorker:
             self._move(step)
             for new in (*step.new, *step.resumed):
                 self._rows[new.sequence_id] = _Row(new)
+            for copy in step.copies:
+                self._blocks[copy.target] = list(self._blocks[copy.source])
+                self._rows[copy.sequence_id].tables[copy.group][-1] = copy.target
         if self._max_num_seqs is not None and len(self._rows) > self._max_num_seqs:
             raise KVMismatchError(f"step {step.step_id} brings {len(self._rows)} sequences, there is room for {self._max_num_seqs}")
         return StepResult(step.step_id, tuple(self._compute(r, fails(r)) for r in step.ranges))
@@ -142,6 +162,8 @@ class FakeWorker:
             for table, blocks in zip(row.tables, r.new_blocks, strict=True):
                 table.extend(blocks)
         end = r.start + r.num_tokens
+        if r.given:
+            row.take_given(r.given, end)
         self._check_range(r, row, end)
         self._extend_states(row, end)
         for group, table in zip(self._groups, row.tables, strict=True):
@@ -152,6 +174,8 @@ class FakeWorker:
             row.tokens.append(self._model.next_token(row.states[-1]))
         if failure is not None:
             return RowResult(r.sequence_id, error=RowError("InjectedFailure", failure))
+        if r.sample and row.candidates >= 0:
+            return RowResult(r.sequence_id, (row.tokens[-1],), (self._model.candidates(row.states[-1], row.candidates),))
         return RowResult(r.sequence_id, (row.tokens[-1],) if r.sample else ())
 
     def _check_range(self, r: TokenRange, row: _Row, end: int) -> None:

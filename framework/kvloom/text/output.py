@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from kvloom.core import Finish, Request
+from kvloom.core import BranchGroup, Finish, Request
 from kvloom.errors import KvloomError
 from kvloom.interfaces.step import TokenLogprob
 from kvloom.interfaces.tokenizer import Tokenizer
 from kvloom.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from kvloom.params import SamplingParams
 from kvloom.text.detokenizer import Detokenizer
 from kvloom.text.sequence_text import stopped_by_token
 
@@ -28,7 +29,12 @@ def request_output(live: LiveRequest, tokenizer: Tokenizer | None, error: Kvloom
     first = live.sequences[0].request
     sampling = first.spec.sampling
     named = tokenizer.token_text if tokenizer is not None and sampling.detokenize else _no_text
-    completions = [_completion(s, tokenizer, named) for s in live.sequences]
+    metrics = RequestMetrics.of([s.request.metrics for s in live.sequences])
+    if first.group is None:
+        completions = [_completion(s, tokenizer, named) for s in live.sequences]
+    else:
+        completions = _results(first, first.group, tokenizer, named)
+        metrics.num_generation_tokens = sum(len(c.token_ids) for c in completions)
     if sampling.num_sequences > sampling.n and error is None:
         completions = _best(completions, sampling.n)
     if sampling.logprobs is None:
@@ -41,7 +47,7 @@ def request_output(live: LiveRequest, tokenizer: Tokenizer | None, error: Kvloom
         prompt_logprobs=None if sampling.prompt_logprobs is None else [None, *(_by_id(c, named) for c in first.prompt_logprobs)],
         outputs=completions,
         finished=True,
-        metrics=RequestMetrics.of([s.request.metrics for s in live.sequences]),
+        metrics=metrics,
         num_cached_tokens=first.metrics.num_cached_tokens,
         error=error,
     )
@@ -62,6 +68,19 @@ def _completion(sequence: LiveSequence, tokenizer: Tokenizer | None, named: Toke
         finish_reason=None if finish is None else finish.reason,
         stop_reason=None if finish is None else finish.stop_reason,
     )
+
+
+def _results(root: Request, group: BranchGroup, tokenizer: Tokenizer | None, named: TokenText) -> list[CompletionOutput]:
+    """Of a branching request: what finished, best first; its last token's text included, whatever it is."""
+    prompt = root.spec.prompt_token_ids
+    return [CompletionOutput(
+        index=index,
+        text="" if tokenizer is None else _decoded(tokenizer, prompt, ended.token_ids, root.spec.sampling),
+        token_ids=list(ended.token_ids),
+        cumulative_logprob=ended.cumulative_logprob,
+        logprobs=[_by_id(candidates, named) for candidates in ended.logprobs],
+        finish_reason=ended.reason,
+    ) for index, ended in enumerate(group.results)]
 
 
 def _best(completions: Sequence[CompletionOutput], n: int) -> list[CompletionOutput]:
@@ -88,6 +107,10 @@ def output_text(request: Request, tokenizer: Tokenizer | None) -> str:
     token_ids = request.output_token_ids
     if stopped_by_token(request) and not sampling.include_stop_str_in_output:
         token_ids = token_ids[:-1]
-    text = Detokenizer(tokenizer, request.spec.prompt_token_ids, skip_special_tokens=sampling.skip_special_tokens,
+    return _decoded(tokenizer, request.spec.prompt_token_ids, token_ids, sampling)
+
+
+def _decoded(tokenizer: Tokenizer, prompt_token_ids: Sequence[int], token_ids: Sequence[int], sampling: SamplingParams) -> str:
+    text = Detokenizer(tokenizer, prompt_token_ids, skip_special_tokens=sampling.skip_special_tokens,
                        spaces_between_special_tokens=sampling.spaces_between_special_tokens)
     return text.add(token_ids) + text.finish()
