@@ -14,16 +14,19 @@ if TYPE_CHECKING:
     from kvloom.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from kvloom.params import PoolingParams, RequestOutputKind, SamplingParams
     from kvloom.prompts import TextPrompt, TokensPrompt
+    from kvloom.structured_outputs import GuidedDecodingParams, StructuredOutputsParams
 
 __all__ = [
     "LLM",
     "CompletionOutput",
+    "GuidedDecodingParams",
     "Logprob",
     "PoolingParams",
     "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
     "__version__",
@@ -43,6 +46,8 @@ _HOME = {
     "SamplingParams": "kvloom.params",
     "TextPrompt": "kvloom.prompts",
     "TokensPrompt": "kvloom.prompts",
+    "GuidedDecodingParams": "kvloom.structured_outputs",
+    "StructuredOutputsParams": "kvloom.structured_outputs",
     "hookimpl": "kvloom.hooks.markers",
 }
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from kvloom.core import RequestSpec, check_prompt_length, root_digest
 from kvloom.errors import RequestFailedError, RequestValidationError
-from kvloom.interfaces import SequenceView, Tokenizer
+from kvloom.interfaces import GrammarSpec, SequenceView, Tokenizer
 from kvloom.params import SamplingParams
 from kvloom.prompts import ParsedPrompt, check_token_ids
 
 if TYPE_CHECKING:
     from kvloom.runtime.logits import LogitsPipeline
+    from kvloom.text.grammar_gate import GrammarGate
 
 
 LONGEST_TOKEN_CHARACTERS = 128
@@ -52,6 +53,7 @@ class RequestRules:
         end_tokens: see `EndTokens`.
         tokenizer: None with ``skip_tokenizer_init``.
         pipeline: the logits processors.
+        grammars: tries grammars; None with ``skip_tokenizer_init``.
     """
 
     seed: int
@@ -63,6 +65,7 @@ class RequestRules:
     end_tokens: EndTokens
     tokenizer: Tokenizer | None
     pipeline: LogitsPipeline
+    grammars: GrammarGate | None = None
 
     def need_tokenizer(self, what: str, parameter: str = "prompt") -> Tokenizer:
         """The tokenizer. Raises `RequestValidationError` that says what needs it."""
@@ -89,13 +92,32 @@ class RequestRules:
         check_prompt_length(len(token_ids), self.max_model_len)
         seed = self._derived_seed(number) if sampling.seed is None else sampling.seed % 2**64
         asked = self.pipeline.ask(sampling, self.tokenizer)
+        grammar = self.grammar(sampling)
+        sampling.guided_decoding = sampling.structured_outputs = None  # `grammar` says it as plain data
         reads = sampling.prompt_logprobs is None
         specs = [RequestSpec(token_ids, sampling, priority, self.end_tokens.eos_token_id, self.end_tokens.extra, seed, index,
-                             self._cache_root(prompt.cache_salt, number), reads or index > 0, processors=asked)
+                             self._cache_root(prompt.cache_salt, number), reads or index > 0, processors=asked, grammar=grammar)
                  for index in range(sampling.num_sequences)]
         if asked:  # what processors refuse, they refuse here; the worker makes states of its own
             self.pipeline.start(SequenceView(-1, 0, token_ids, sampling, self.vocab_size, specs[0].end_token_ids), asked)
         return specs
+
+    def grammar(self, params: SamplingParams) -> GrammarSpec | None:
+        """What the request's output must be; tried out.
+
+        Raises:
+            RequestValidationError: it cannot be enforced.
+        """
+        if params.structure is None:
+            return None
+        if self.grammars is None:
+            self.need_tokenizer("structured output", "structured_outputs")
+            return None
+        grammar = self.grammars.admit(params.structure)
+        if grammar is not None and self.end_tokens.eos_token_id is None and not params.stop_token_ids:
+            raise RequestValidationError("structured output ends with an end token, but neither the tokenizer nor "
+                                         "generation_config.json has one: name one in stop_token_ids", "structured_outputs")
+        return grammar
 
     def _derived_seed(self, number: int) -> int:
         return int.from_bytes(blake2b(struct.pack("<QQ", self.seed % 2**64, number), digest_size=8).digest(), "little")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from kvloom.interfaces.grammar import GrammarSpec
 from kvloom.params import PoolingParams, SamplingParams
 
 BlockIds = tuple[tuple[int, ...], ...]
@@ -36,6 +37,7 @@ class NewSequence:
         extras: named per-token integers the model asked for (``token_type_ids``), each as long as the prompt.
         end_token_ids: that end a text, for processors that put that off.
         processors: name of each logits processor that the request asks for, with its parameters as plain data.
+        grammar: what the output must be, or None.
     """
 
     sequence_id: int
@@ -52,6 +54,7 @@ class NewSequence:
     extras: dict[str, tuple[int, ...]] = field(default_factory=dict)
     end_token_ids: tuple[int, ...] = ()
     processors: tuple[tuple[str, Any], ...] = ()
+    grammar: GrammarSpec | None = None
 
 
 class TokenRange(NamedTuple):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,16 +12,19 @@ import torch
 from kvloom.config import EngineConfig
 from kvloom.errors import InternalError, NotRegisteredError, RequestError
 from kvloom.hooks.loader import PluginSet
-from kvloom.interfaces import Model, NewSequence, SequenceView, Step, StepResult, WeightLoader, WorkerReport
+from kvloom.interfaces import Grammar, GrammarVocabulary, Model, NewSequence, SequenceView, Step, StepResult, WeightLoader, WorkerReport
 from kvloom.runtime.batch import BatchState
 from kvloom.runtime.builder import BuiltModel, ModelSource, build_model
 from kvloom.runtime.comm import LocalComm
+from kvloom.runtime.grammar import GrammarFactory
 from kvloom.runtime.host_memory import host_memory
 from kvloom.runtime.kv_tensors import allocate
 from kvloom.runtime.logits import NO_PROCESSORS, LogitsPipeline, SequenceProcessors, make_processors
 from kvloom.runtime.memory import MemoryPlan, memory_needs, plan_memory
 from kvloom.runtime.runner import Runner
 from kvloom.runtime.weights import check_catalog, load_weights, wanted_infos, wanted_slots
+from kvloom.text.grammar_gate import find_grammar
+from kvloom.text.vocabulary import open_vocabulary
 from kvloom_kernels import native
 from kvloom_kernels.linear import product_kind
 
@@ -49,10 +54,16 @@ def plan_model(config: EngineConfig, plugins: PluginSet, source: ModelSource) ->
 
 
 class DeviceWorker:
-    """See `kvloom.interfaces.Worker`. One rank, in this process, on the CPU."""
+    """See `kvloom.interfaces.Worker`. One rank, in this process, on the CPU.
 
-    def __init__(self, rank: int, config: EngineConfig, plugins: PluginSet, source: ModelSource) -> None:
+    Args:
+        make_vocabulary: for grammars, called with the first one; None opens the tokenizer again.
+    """
+
+    def __init__(self, rank: int, config: EngineConfig, plugins: PluginSet, source: ModelSource,
+                 make_vocabulary: Callable[[], GrammarVocabulary] | None = None) -> None:
         self.rank = rank
+        self._make_vocabulary = make_vocabulary or self._open_vocabulary
         self._config, self._plugins, self._source = config, plugins, source
         self._device = torch.device("cpu")
         self._comm = LocalComm()
@@ -102,8 +113,9 @@ class DeviceWorker:
         caches = allocate(groups, shapes, num_blocks, self._device)
         sampler = self._plugins.registries["samplers"].resolve(DEFAULT_SAMPLER).load()()
         pipeline = LogitsPipeline(make_processors(self._plugins.registries["logits_processors"]))
+        grammars = self._grammars()
         vocab_size = self._source.config.vocab_size
-        state = BatchState(limits.max_num_seqs, limits.max_model_len, groups, lambda new: _start(pipeline, new, vocab_size))
+        state = BatchState(limits.max_num_seqs, limits.max_model_len, groups, lambda new: _start(pipeline, grammars, new, vocab_size))
         num_layers = len(built.model.state_specs())
         self._runner = Runner(built.model, sampler, pipeline, self._comm, groups, num_layers, built.backends, caches,
                               state, self._device)
@@ -116,7 +128,21 @@ class DeviceWorker:
 
     def close(self) -> None:
         """See `Worker.close`."""
+        if self._runner is not None:
+            self._runner.close()
         self._runner = self._built = None
+
+    def _grammars(self) -> GrammarFactory:
+        entry = find_grammar(self._config.features.guided_decoding_backend, self._plugins)
+
+        def make(vocabulary: GrammarVocabulary) -> Grammar:
+            return entry.load()(vocabulary)
+
+        return GrammarFactory(f"{entry.name!r} ({entry.origin})", make, self._make_vocabulary)
+
+    def _open_vocabulary(self) -> GrammarVocabulary:
+        source = self._source
+        return open_vocabulary(self._config, self._plugins, source.directory, source.config.vocab_size, source.end_token_ids)
 
     def _model(self) -> BuiltModel:
         if self._built is None:
@@ -124,14 +150,15 @@ class DeviceWorker:
         return self._built
 
 
-def _start(pipeline: LogitsPipeline, new: NewSequence, vocab_size: int) -> SequenceProcessors:
+def _start(pipeline: LogitsPipeline, grammars: GrammarFactory, new: NewSequence, vocab_size: int) -> SequenceProcessors:
     """States of a sequence that comes. What a plugin raises is kept for its first row: the step goes on."""
-    if new.sampling is None or not new.processors:
+    if new.sampling is None or not (new.processors or new.grammar):
         return NO_PROCESSORS
     prompt = new.token_ids[:new.prompt_tokens]
     view = SequenceView(new.sequence_id, new.sample_index, prompt, new.sampling, vocab_size, new.end_token_ids)
     try:
-        return pipeline.start(view, new.processors, new.token_ids[new.prompt_tokens:])
+        grammar = grammars.start(new)
+        return replace(pipeline.start(view, new.processors, new.token_ids[new.prompt_tokens:]), grammar=grammar)
     except RequestError as error:
         return SequenceProcessors({}, error)
 
