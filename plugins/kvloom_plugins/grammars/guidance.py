@@ -149,7 +149,7 @@ def _lark(spec: GrammarSpec) -> str:
     if spec.kind == "json":
         return _json(json.loads(spec.text), spec.whitespace)
     if spec.kind == "regex":
-        return f"{HEADER}start: /{llguidance.regex_to_lark(spec.text, use_ascii='')}/\n"
+        return f"{HEADER}start: /{llguidance.regex_to_lark(spec.text, use_ascii='dw')}/\n"
     if spec.kind == "choice":
         return HEADER + "start: " + " | ".join(map(json.dumps, json.loads(spec.text))) + "\n"
     return HEADER + to_lark(spec.text)
