@@ -22,6 +22,9 @@ BASE_BYTES, BYTES_PER_CHARACTER = 2**16, 256
 MAX_LEXER_STATES = 20_000
 """A matcher's states take 1 to 2 kB each and come as they are reached; the schemas of the test suite reach some hundred."""
 
+EXACT = 2**53
+"""Floats below it are the integers that they look like."""
+
 
 class Guidance(Grammar):
     """See `kvloom.interfaces.Grammar`."""
@@ -160,8 +163,17 @@ def _json(schema: Any, whitespace: str) -> str:
         options: dict[str, Any] = {"whitespace_flexible": bool(whitespace), "lenient": False, "coerce_one_of": False}
         if whitespace:
             options["whitespace_pattern"] = whitespace
-        schema = schema | {"x-guidance": options}
+        schema = _plain_integers(schema) | {"x-guidance": options}
     return f"{HEADER}start: %json {json.dumps(schema)}\n"
+
+
+def _plain_integers(value: Any) -> Any:
+    """With 2 for 2.0, which JSON Schema does not tell apart and the library does. The core has bounded the depth."""
+    if isinstance(value, dict):
+        return {key: _plain_integers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain_integers(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < EXACT else value
 
 
 def _phrase(message: str) -> str:
