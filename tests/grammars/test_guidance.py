@@ -118,7 +118,11 @@ def test_a_vocabulary_without_an_end_is_refused() -> None:
 
 def test_a_position_that_is_too_complex_fails_its_request(guidance: Guidance) -> None:
     matcher = guidance.compile(GrammarSpec("regex", r"(\w+\s?){1,500}[^x]{1,300}(a|b)*a(a|b){300}x")).matcher()
-    with pytest.raises(RequestFailedError):
+
+    def go_on() -> None:
         for text in ["ab" * 300] * 40:
             matcher.advance(encode(text))
             allowed(matcher)
+
+    with pytest.raises(RequestFailedError):
+        go_on()

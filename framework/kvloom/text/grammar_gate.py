@@ -15,6 +15,7 @@ from kvloom.hooks.registry import Entry
 from kvloom.interfaces.grammar import Grammar, GrammarProblem, GrammarSpec, GrammarVocabulary
 from kvloom.structured_outputs import AUTO, BackendChoice, StructuredOutputsParams
 from kvloom.text.limited_process import LimitedProcess, LimitError
+from kvloom_kernels.requirement import Machine
 
 PROGRAM = Path(__file__).with_name("grammar_process.py")
 TIME_LIMIT_S = 5.0
@@ -113,6 +114,11 @@ class GrammarGate:
         self._process.close()
 
     def _start(self) -> None:
+        needs = self._entry.needs
+        missing = None if needs is None else needs.unmet(Machine("cpu"), "")
+        if missing is not None:
+            raise UnsupportedFeatureError("structured output", self._entry.name, f"this backend {missing}; the built-in one's comes "
+                                          "with kvloom[grammars]")
         settings = self._entry.settings
         model = None if settings is None else f"{type(settings).__module__}:{type(settings).__qualname__}"
         answer = self._process.start({
