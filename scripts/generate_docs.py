@@ -25,6 +25,7 @@ from kvloom.config import OTHER_ARGS, RENAMED, SECTIONS, NoEffect, Unsupported
 from kvloom.errors import RequestError, UnsupportedFeatureError
 from kvloom.outputs import CompletionOutput, Logprob, RequestOutput
 from kvloom.params import SamplingParams
+from kvloom.structured_outputs import StructuredOutputsParams
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE_ROOTS = ("framework", "builtin_models", "builtin_quant", "builtin_samplers", "plugins", "kernels")
@@ -179,6 +180,7 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "parameters": ("docs/api.md", parameters),
     "other-parameters": ("docs/api.md", other_parameters),
     "sampling": ("docs/api.md", sampling),
+    "structured-outputs": ("docs/api.md", lambda: output_fields(StructuredOutputsParams, "structured_outputs")),
     "request-output": ("docs/api.md", lambda: output_fields(RequestOutput, "request_output")),
     "completion-output": ("docs/api.md", lambda: output_fields(CompletionOutput, "completion_output")),
     "logprob": ("docs/api.md", lambda: output_fields(Logprob, "logprob")),

@@ -47,9 +47,12 @@ def blamed(reason: str, here: dict[str, Any]) -> list[str]:
     named = _named_keys(reason)
     if named is not None:
         return [keyword for keyword in here if keyword in named]
-    for marker, keyword in (("oneOf constraints", "oneOf"), ("Unsatisfiable schema", "")):
-        if marker in reason:
-            return [keyword] if keyword in here else []
+    if "oneOf constraints" in reason:
+        return [keyword for keyword in here if keyword == "oneOf"]
+    if "Unsatisfiable schema" in reason:
+        return [keyword for keyword, value in here.items() if isinstance(value, list) and (not value or any(v is False for v in value))]
+    if reason.startswith("Resource '"):
+        return [keyword for keyword, value in here.items() if keyword in ("$ref", "$schema") and _is_in(value, reason.split("'")[1])]
     return [keyword for keyword, value in here.items() if _is_about(reason, keyword, value)]
 
 
@@ -63,9 +66,13 @@ def _named_keys(reason: str) -> list[str] | None:
     return listed if isinstance(listed, list) else None
 
 
+def _is_in(reference: Any, resource: str) -> bool:
+    """Whether a reference may be one to a resource: to all of its address, or to the last part."""
+    document = reference.partition("#")[0] if isinstance(reference, str) else ""
+    return bool(document) and resource.endswith(document)
+
+
 def _is_about(reason: str, keyword: str, value: Any) -> bool:
-    if keyword == "$ref" or keyword == "$dynamicRef":
-        return isinstance(value, str) and (f"'{value.partition('#')[0]}'" in reason if value.partition("#")[0] else value in reason)
     if keyword in ("format", "type"):
         return isinstance(value, str) and reason.endswith((f"Unknown format: {value}", f"Invalid type: {value}"))
     return f"'{keyword}'" in reason or f"{keyword} " in reason or f"{keyword.removesuffix('ies')}y regexes" in reason
@@ -86,7 +93,7 @@ def reachable(schema: Any) -> Iterator[Place]:
         if isinstance(target, str) and target.startswith("#/"):
             inner.append((target[1:], resolve(schema, target[1:])))
         elif isinstance(target, str):  # an anchor or another document: what is defined may be meant
-            inner += [(f"{pointer}/{name}/{_escaped(key)}", sub) for name in DEFINITIONS for key, sub in _items(here.get(name))]
+            inner += [(f"/{name}/{_escaped(key)}", sub) for name in DEFINITIONS for key, sub in _items(schema.get(name))]
         waiting += reversed(inner)
 
 
