@@ -69,7 +69,7 @@ class StructuredOutputsParams:
     """What the output must be: exactly one of the first five.
 
     Args:
-        json: a JSON Schema, as text, as a dict, or as a pydantic model class.
+        json: a JSON Schema, as text, as a dict, or as a pydantic model class, which becomes its schema.
         regex: a regular expression that the whole output matches.
         choice: a list of texts, one of which is the output.
         grammar: a context-free grammar, in GBNF or Lark notation.
@@ -100,6 +100,8 @@ class StructuredOutputsParams:
     _NEEDS_ONE: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.json, type):
+            self.json = _as_schema(self.json)
         self.spec()
 
     @classmethod
@@ -166,6 +168,8 @@ class StructuredOutputsParams:
         if kind == "json_object":
             if self.json_object is not True:
                 _refuse("json_object must be True, or left out", "json_object", self.json_object)
+            if self.disable_additional_properties:
+                _refuse("json_object is any object: it has no additional properties to disable", "disable_additional_properties", True)
             return '{"type":"object"}'
         schema = _as_schema(self.json)
         _check_size(schema)

@@ -17,6 +17,7 @@ from api_helpers import Truth, assert_idle, ids, lively_checkpoint, recorded_ste
 import kvloom.sampling_params
 from kvloom import LLM, GuidedDecodingParams, SamplingParams, StructuredOutputsParams
 from kvloom.core.scheduler import Scheduler
+from kvloom.core.wire import from_wire, to_wire
 from kvloom.errors import ConfigError, RequestFailedError, RequestTypeError, RequestValidationError, UnsupportedFeatureError
 from kvloom.structured_outputs import GuidedDecodingRequest
 from kvloom.testing.checkpoints import EOS
@@ -80,7 +81,7 @@ def test_structured_outputs_regex__the_whole_output_matches(llm: LLM, regex: str
 
 
 def test_structured_outputs_choice__the_output_is_one_of_them(llm: LLM) -> None:
-    choices = ["yes", "no", "yes, but", 'say "x"\n', "ünder"]
+    choices = ["yes", "no", "yes, but", 'say "x"\n', "ünder", "🙂\\", "a\x7fb"]
     found = set(texts(llm, *(asking(seed, choice=choices) for seed in range(24))))
     assert found <= set(choices)
     assert len(found) > 1
@@ -168,7 +169,7 @@ def shared(levels: int) -> dict:
     ("json", {"json": deep(40)}, "nested more than 64"), ("json", {"json": "[" * 10_000}, "no JSON text"),
     ("json", {"json": "x" * 2**19}, "at most|1 to"), ("json", {"json": {"enum": ["x" * 2**18]}}, "at most"), ("json", {"json": object}, "JSON Schema"),
     ("choice", {"choice": []}, "at least one"), ("choice", {"choice": "ab"}, "list"), ("choice", {"choice": [1]}, "list"), ("choice", {"choice": ["a", ""]}, "empty"), ("choice", {"choice": ["a" * 2**19]}, "more than"),
-    ("json_object", {"json_object": False}, "must be True"), ("json_object", {"json_object": 1}, "must be True"),
+    ("json_object", {"json_object": False}, "must be True"), ("json_object", {"json_object": 1}, "must be True"), ("disable_additional_properties", {"json_object": True, "disable_additional_properties": True}, "any object"),
 ], ids=lambda v: str(v)[:30])
 def test_a_bad_grammar_is_refused_when_it_is_made(parameter: str, given: dict, message: str) -> None:
     assert re.search(message, refusal(parameter, **given))
@@ -213,7 +214,7 @@ def test_guided_decoding__is_the_older_name(llm: LLM) -> None:
     assert asked.guided_decoding == GuidedDecodingParams(regex="ab{2}"), "the caller's own is not changed"
     assert len(run(llm, [PROMPT], SamplingParams(guided_decoding=GuidedDecodingParams(), max_tokens=3, ignore_eos=True))[0].outputs[0].token_ids) == 3
     assert GuidedDecodingParams.from_optional(json=None, regex=None) is None
-    assert GuidedDecodingParams.from_optional(json=Person, regex=None).json is Person
+    assert GuidedDecodingParams.from_optional(json=Person, regex=None).json == Person.model_json_schema()
     for bad in ({"regex": "a+"}, "a+", object()):
         with pytest.raises(RequestValidationError, match="must be a StructuredOutputsParams"):
             SamplingParams(guided_decoding=bad)
@@ -351,6 +352,14 @@ def test_one_bad_grammar_of_eight_costs_the_others_nothing(llm: LLM) -> None:
     outputs = run(llm, [PROMPT] * 8, [*good[:3], asking(json={"items": {"not": {}}}), *good[4:]], on_error="return")
     assert isinstance(outputs[3].error, RequestValidationError)
     assert [list(o.outputs[0].token_ids) if o.outputs else None for o in outputs] == [*alone[:3], None, *alone[4:]]
+
+
+def test_a_grammar_travels_to_workers_as_plain_data(llm: LLM) -> None:
+    with recorded_steps(llm) as steps:
+        texts(llm, asking(json=Person, disable_any_whitespace=True))
+    (new,) = steps[0].new
+    assert new.grammar == StructuredOutputsParams(json=Person, disable_any_whitespace=True).spec()
+    assert [from_wire(to_wire(step)) for step in steps] == steps
 
 
 def test_generate_iter_and_chat_take_grammars(llm: LLM) -> None:

@@ -51,6 +51,7 @@ class OneLetter(Grammar):
         if spec.text == "exit":
             import os
             os._exit(3)
+        print("what libraries print is no answer")
         if spec.text == "print":
             raise ValueError("not like this")
         return [] if len(spec.text) == 1 else [GrammarProblem("0", "length", "one letter is wanted")]

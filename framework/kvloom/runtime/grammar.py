@@ -61,6 +61,8 @@ class SequenceGrammar:
         if not goes_on and not is_complete:
             raise RequestFailedError(f"{self._who} allows no token of this vocabulary here")
         ends = self._ends if goes_on else (*self._last_ends, *self._ends)
+        if not goes_on and not ends:
+            raise RequestFailedError("the output is complete, but there is no end token: name a special one in stop_token_ids")
         if is_complete:
             _allow(mask, ends)
         return None if goes_on else ends[0]
@@ -118,7 +120,8 @@ class GrammarFactory:
         except Exception as error:
             raise RequestFailedError(f"{who} raised {type(error).__name__}: {error}") from error
         stops = tuple(i for i in new.sampling.stop_token_ids or () if not self._tokens[i])
-        ends, last_ends = ((), new.end_token_ids) if new.sampling.ignore_eos else (new.end_token_ids, ())
+        known = tuple(i for i in new.end_token_ids if i < len(self._tokens))
+        ends, last_ends = ((), known) if new.sampling.ignore_eos else (known, ())
         grammar = SequenceGrammar(matcher, (*ends, *(i for i in stops if i not in ends)), last_ends, self._texts, who)
         grammar.advance(new.token_ids[new.prompt_tokens:])
         return grammar

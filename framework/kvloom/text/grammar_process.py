@@ -8,6 +8,7 @@ the first line says where things are; the plugin does.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 from importlib import import_module
@@ -52,6 +53,8 @@ def limit(memory_bytes: int) -> None:
 
 def main() -> None:
     """Answer until standard input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints must not come between
     grammar, num_tokens = None, 0
     for line in sys.stdin:
         asked = json.loads(line)
@@ -68,8 +71,8 @@ def main() -> None:
             answer = {"error": "it needs too much memory"}
         except BaseException as error:  # noqa: BLE001  (a panic of a library in Rust is no Exception)
             answer = {"error": f"{type(error).__name__}: {str(error)[:2000]}"}
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
 
 
 if __name__ == "__main__":
