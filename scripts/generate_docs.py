@@ -28,6 +28,7 @@ from kvloom.errors import RequestError, UnsupportedFeatureError
 from kvloom.llm import LLM
 from kvloom.outputs import CompletionOutput, Logprob, RequestOutput
 from kvloom.params import BeamSearchParams, SamplingParams
+from kvloom.structured_outputs import StructuredOutputsParams
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE_ROOTS = ("framework", "builtin_models", "builtin_quant", "builtin_samplers", "plugins", "kernels")
@@ -273,6 +274,7 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "methods": ("docs/api.md", methods),
     "other-methods": ("docs/api.md", other_methods),
     "sampling": ("docs/api.md", sampling),
+    "structured-outputs": ("docs/api.md", lambda: output_fields(StructuredOutputsParams, "structured_outputs")),
     "request-output": ("docs/api.md", lambda: output_fields(RequestOutput, "request_output")),
     "completion-output": ("docs/api.md", lambda: output_fields(CompletionOutput, "completion_output")),
     "logprob": ("docs/api.md", lambda: output_fields(Logprob, "logprob")),

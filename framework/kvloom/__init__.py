@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvloom.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from kvloom.params import BeamSearchParams, PoolingParams, RequestOutputKind, SamplingParams
     from kvloom.prompts import TextPrompt, TokensPrompt
+    from kvloom.structured_outputs import GuidedDecodingParams, StructuredOutputsParams
 
 __all__ = [
     "LLM",
@@ -22,12 +23,14 @@ __all__ = [
     "BeamSearchParams",
     "BeamSearchSequence",
     "CompletionOutput",
+    "GuidedDecodingParams",
     "Logprob",
     "PoolingParams",
     "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
     "__version__",
@@ -50,6 +53,8 @@ _HOME = {
     "SamplingParams": "kvloom.params",
     "TextPrompt": "kvloom.prompts",
     "TokensPrompt": "kvloom.prompts",
+    "GuidedDecodingParams": "kvloom.structured_outputs",
+    "StructuredOutputsParams": "kvloom.structured_outputs",
     "hookimpl": "kvloom.hooks.markers",
 }
 

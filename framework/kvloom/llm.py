@@ -7,6 +7,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, ParamSpec, Self
 
@@ -15,6 +16,7 @@ from kvloom.beam_search import search
 from kvloom.config import EngineConfig
 from kvloom.decoding import Decoding
 from kvloom.errors import EngineClosedError, RequestValidationError, UnsupportedFeatureError
+from kvloom.interfaces import GrammarProblem
 from kvloom.live_request import Call
 from kvloom.maintenance import Maintenance
 from kvloom.other_versions import OtherVersions
@@ -27,6 +29,7 @@ from kvloom.request_arguments import OnError, check_on_error, one_each, pair_up,
 from kvloom.running import RunningEngine
 from kvloom.start_report import PhaseTimer
 from kvloom.startup import start_engine
+from kvloom.structured_outputs import StructuredOutputsParams, from_legacy
 from kvloom.text.chat import ChatOptions, ContentFormat, RenderedChat, split_conversations
 from kvloom.text.tokenization import cut_prompt, read_truncation
 
@@ -144,7 +147,8 @@ class LLM(Maintenance, OtherVersions):
             sampling_params: one for all, or one a prompt; None takes `get_default_sampling_params`.
             prompt_token_ids: of older versions: token ids beside or instead of `prompts`.
             use_tqdm: show a progress bar, or a function that makes one.
-            lora_request, prompt_adapter_request, guided_options_request: unsupported so far unless None.
+            lora_request, prompt_adapter_request: unsupported so far unless None.
+            guided_options_request: of older versions: what the outputs must be, instead of ``structured_outputs``.
             priority: lower is served earlier, with ``scheduling_policy="priority"``; one for all or one a prompt.
             tokenization_kwargs: how prompts are cut: ``truncate_prompt_tokens``, or ``truncation`` and ``max_length``, and
                 ``truncation_side``.
@@ -154,12 +158,13 @@ class LLM(Maintenance, OtherVersions):
             RequestValidationError, RequestTypeError: a bad prompt or parameter; nothing was computed.
             RequestFailedError: a request failed while it ran.
         """
-        _refuse_later(lora_request=lora_request, prompt_adapter_request=prompt_adapter_request,
-                      guided_options_request=guided_options_request)
+        _refuse_later(lora_request=lora_request, prompt_adapter_request=prompt_adapter_request)
         items = _cut(self._prompts(prompts, prompt_token_ids), tokenization_kwargs)
         check_on_error(on_error)
         engine = self.llm_engine
         params = one_each(len(items), sampling_params, engine.defaults)
+        if guided_options_request is not None:
+            params = self._guided(params, guided_options_request)
         return self._run(engine, items, params, priorities_each(len(items), priority), use_tqdm, on_error)
 
     def generate_iter(
@@ -294,6 +299,29 @@ class LLM(Maintenance, OtherVersions):
             warnings.warn("prompt_token_ids is deprecated: give [{'prompt_token_ids': [...]}, ...] as prompts", DeprecationWarning,
                           stacklevel=3)
         return legacy_prompts(None if prompts is _NOT_GIVEN else prompts, prompt_token_ids)
+
+    def _guided(self, params: Sequence[SamplingParams], request: object) -> list[SamplingParams]:
+        """Copies that ask for what `guided_options_request` does."""
+        if self.DEPRECATE_LEGACY:
+            warnings.warn("guided_options_request is deprecated: use SamplingParams(structured_outputs=...)", DeprecationWarning,
+                          stacklevel=3)
+        asked = from_legacy(request)
+        if any(p.structure is not None for p in params):
+            raise RequestValidationError("Cannot set both guided_options_request and sampling_params.guided_decoding (or "
+                                         "structured_outputs).", "guided_options_request", request)
+        return [replace(p, guided_decoding=asked) for p in params]
+
+    def validate_grammar(self, structure: StructuredOutputsParams) -> list[GrammarProblem]:
+        """What the grammar backend cannot enforce: where (JSON pointer), which keyword, why. Empty: requests with it are taken.
+
+        Raises:
+            RequestValidationError: it breaks a limit, or is no grammar at all.
+        """
+        rules = self.llm_engine.rules
+        if rules.grammars is None:
+            rules.need_tokenizer("structured output", "structured_outputs")
+            return []
+        return rules.grammars.validate(structure)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What ``sampling_params=None`` means: what generation_config.json says, on top of ``SamplingParams()``. A new object."""

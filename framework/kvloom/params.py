@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any, Self
 
-from kvloom.errors import RequestValidationError, UnsupportedFeatureError, shown
+from kvloom.errors import RequestValidationError, shown
 from kvloom.logs import get_logger
 from kvloom.param_checks import (
     check_bias,
@@ -24,6 +24,7 @@ from kvloom.param_checks import (
     check_number,
     check_texts,
 )
+from kvloom.structured_outputs import StructuredOutputsParams
 
 MAX_SEQUENCES_PER_REQUEST = 16384
 """Bound of n and best_of."""
@@ -87,14 +88,15 @@ class SamplingParams:
         include_stop_str_in_output: keep the stop string (or the stop token's text) in the text.
         truncate_prompt_tokens: keep only the last so many prompt tokens; -1: as many as leave room for one output token.
         output_kind: taken and copied; `LLM` returns finished outputs only.
-        guided_decoding: not supported so far.
+        guided_decoding: what the output must look like, see `StructuredOutputsParams`; the older name of structured_outputs.
         logit_bias: token id -> number that is added.
         allowed_token_ids: all others are forbidden.
         extra_args: name of a logits processor -> its parameters.
+        structured_outputs: what the output must look like, see `StructuredOutputsParams`.
 
     Raises:
         RequestValidationError: a value is out of range or of the wrong type.
-        UnsupportedFeatureError: structured output, so far.
+        UnsupportedFeatureError: see `StructuredOutputsParams`.
     """
 
     n: int = 1
@@ -122,10 +124,11 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     truncate_prompt_tokens: int | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
-    guided_decoding: Any = None
+    guided_decoding: StructuredOutputsParams | None = None
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
     extra_args: dict[str, Any] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         self.validate()
@@ -150,8 +153,8 @@ class SamplingParams:
                 raise RequestValidationError("n and best_of must be 1 when temperature is 0: all greedy completions are the same",
                                              "n", self.num_sequences)
             self.top_p, self.top_k, self.min_p = 1.0, -1, 0.0
-        if self.guided_decoding is not None:
-            raise UnsupportedFeatureError("guided_decoding", self.guided_decoding, "leave it at None")
+        if self.structure is not None:
+            self.structure.spec()
 
     def _check_numbers(self) -> None:
         self.temperature = check_number("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
@@ -206,6 +209,19 @@ class SamplingParams:
         check_texts("bad_words", () if self.bad_words is None else self.bad_words, MAX_BAD_WORDS, MAX_TEXT_LENGTH)
         if self.stop_strings and not self.detokenize:
             raise RequestValidationError("stop strings are found in text, so they need detokenize=True", "stop", self.stop)
+
+    @property
+    def structure(self) -> StructuredOutputsParams | None:
+        """`guided_decoding` or `structured_outputs`. Raises `RequestValidationError` when both were given, or something else."""
+        if self.guided_decoding is not None and self.structured_outputs is not None:
+            raise RequestValidationError("guided_decoding and structured_outputs mean the same; give one of them", "structured_outputs",
+                                         self.structured_outputs)
+        name = "guided_decoding" if self.structured_outputs is None else "structured_outputs"
+        given = getattr(self, name)
+        if given is not None and not isinstance(given, StructuredOutputsParams):
+            raise RequestValidationError(f"{name} must be a StructuredOutputsParams or GuidedDecodingParams, got {shown(given)}", name,
+                                         given)
+        return given
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 from kvloom.core import RequestSpec, check_prompt_length, root_digest
 from kvloom.decoding import Decoding, begin
-from kvloom.errors import RequestFailedError, RequestValidationError
-from kvloom.interfaces import SequenceView, Tokenizer
+from kvloom.errors import RequestFailedError, RequestValidationError, UnsupportedFeatureError
+from kvloom.interfaces import GrammarSpec, SequenceView, Tokenizer
 from kvloom.params import SamplingParams
 from kvloom.prompts import ParsedPrompt, Truncation, check_extras, check_token_ids
 
 if TYPE_CHECKING:
     from kvloom.runtime.logits import LogitsPipeline
+    from kvloom.text.grammar_gate import GrammarGate
 
 
 LONGEST_TOKEN_CHARACTERS = 128
@@ -59,6 +60,7 @@ class RequestRules:
         tokenizer: None with ``skip_tokenizer_init``.
         pipeline: the logits processors.
         extra_inputs: see `Model.extra_inputs`.
+        grammars: tries grammars; None with ``skip_tokenizer_init``.
     """
 
     seed: int
@@ -71,6 +73,7 @@ class RequestRules:
     tokenizer: Tokenizer | None
     pipeline: LogitsPipeline
     extra_inputs: Mapping[str, int] = field(default_factory=dict)
+    grammars: GrammarGate | None = None
 
     def need_tokenizer(self, what: str, parameter: str = "prompt") -> Tokenizer:
         """The tokenizer. Raises `RequestValidationError` that says what needs it."""
@@ -85,7 +88,7 @@ class RequestRules:
             raise RequestValidationError(f"the tokenizer knows token ids up to {tokenizer.vocab_size - 1}, the model's are 0 to "
                                          f"{self.vocab_size - 1}; give the tokenizer that the model was trained with", "tokenizer",
                                          tokenizer.vocab_size)
-        return replace(self, tokenizer=tokenizer, end_tokens=EndTokens.of(self.end_tokens.configured, tokenizer))
+        return replace(self, tokenizer=tokenizer, grammars=None, end_tokens=EndTokens.of(self.end_tokens.configured, tokenizer))
 
     def specs(self, prompt: ParsedPrompt, params: SamplingParams, number: int, priority: int) -> list[RequestSpec]:
         """One sequence a completion; the first is the leader, whose id the others still need.
@@ -109,9 +112,11 @@ class RequestRules:
         extras = {name: values[kept] for name, values in prompt.extras.items()}
         seed = self._derived_seed(number) if sampling.seed is None else sampling.seed % 2**64
         asked = self.pipeline.ask(sampling, self.tokenizer)
+        grammar = self.grammar(sampling)
+        sampling.guided_decoding = sampling.structured_outputs = None  # `grammar` says it as plain data
         reads = sampling.prompt_logprobs is None
         specs = [RequestSpec(token_ids, sampling, priority, self.end_tokens.eos_token_id, self.end_tokens.extra, seed, index,
-                             self._cache_root(prompt, number), reads or index > 0, processors=asked, extras=extras)
+                             self._cache_root(prompt, number), reads or index > 0, processors=asked, grammar=grammar, extras=extras)
                  for index in range(sampling.num_sequences)]
         if asked:  # what processors refuse, they refuse here; the worker makes states of its own
             self.pipeline.start(SequenceView(-1, 0, token_ids, sampling, self.vocab_size, specs[0].end_token_ids), asked)
@@ -135,6 +140,24 @@ class RequestRules:
                                   ignore_eos=True, detokenize=self.tokenizer is not None)
         return RequestSpec(token_ids, sampling, priority, ends.eos_token_id, ends.extra,
                            cache_root=self._cache_root(prompt, number), branching=rule)
+
+    def grammar(self, params: SamplingParams) -> GrammarSpec | None:
+        """What the request's output must be; tried out.
+
+        Raises:
+            RequestValidationError: it cannot be enforced.
+        """
+        if params.structure is None:
+            return None
+        if self.grammars is None:
+            self.need_tokenizer("structured output", "structured_outputs")
+            raise UnsupportedFeatureError("structured output", "after set_tokenizer", "the grammars were made for the first tokenizer; "
+                                          "make a new LLM with tokenizer=...")
+        grammar = self.grammars.admit(params.structure)
+        if grammar is not None and self.end_tokens.eos_token_id is None and not params.stop_token_ids:
+            raise RequestValidationError("structured output ends with an end token, but neither the tokenizer nor "
+                                         "generation_config.json has one: name one in stop_token_ids", "structured_outputs")
+        return grammar
 
     def _derived_seed(self, number: int) -> int:
         return int.from_bytes(blake2b(struct.pack("<QQ", self.seed % 2**64, number), digest_size=8).digest(), "little")

@@ -360,6 +360,8 @@ class RunningEngine:
             self._is_closed = True
         if self._chat is not None:
             self._chat.close()
+        if self.rules.grammars is not None:
+            self.rules.grammars.close()
         self.executor.close()
 
     def _observe(self, hook: str, value: Any) -> None:

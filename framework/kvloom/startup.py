@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from kvloom.config import EngineConfig
 from kvloom.config.class_path import load_class
 from kvloom.core import Engine, Scheduler
 from kvloom.errors import ConfigError, ManifestMismatchError, NotRegisteredError
 from kvloom.hooks.loader import PluginSet, load_plugins
-from kvloom.interfaces import Executor, SchedulingPolicy, Worker
+from kvloom.interfaces import Executor, GrammarVocabulary, SchedulingPolicy, Tokenizer, Worker
 from kvloom.logs import get_logger
 from kvloom.request_rules import EndTokens, RequestRules
 from kvloom.running import RunningEngine
 from kvloom.runtime.host_memory import host_memory
 from kvloom.start_report import PhaseTimer, StartReport
 from kvloom.stats_log import StatsLog
+from kvloom.structured_outputs import BackendChoice
+from kvloom.text.grammar_gate import GrammarGate, find_grammar
 from kvloom.text.tokenizer import import_tokenizer, open_tokenizer
+from kvloom.text.vocabulary import grammar_vocabulary
+
+if TYPE_CHECKING:
+    from kvloom.runtime.builder import ModelSource
 
 
 def load_config_plugins(config: EngineConfig) -> PluginSet:
@@ -51,13 +58,14 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
         source = builder.open_source(config, plugins)
     with timer.phase("tokenizer"):
         tokenizer = None if tokenizer_class is None else open_tokenizer(config, source.directory, tokenizer_class)
+        grammars, make_vocabulary = _grammars(config, plugins, source, tokenizer)
     policy = _policy(config, plugins)()
     make = worker_class.worker_class(config.device)
     executor: Executor = _component(plugins, "executors", "distributed_executor_backend",
                                     config.device.distributed_executor_backend)()
 
     def make_worker(rank: int) -> Worker:
-        return make(rank, config, plugins, source)
+        return make(rank, config, plugins, source, make_vocabulary)
 
     try:
         with timer.phase("worker") as parts:
@@ -78,7 +86,7 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
                 limits.cached, EndTokens.of(source.end_token_ids, tokenizer), tokenizer,
                 logits.LogitsPipeline(logits.make_processors(plugins.registries["logits_processors"],
                                                               config.features.logits_processors or ())),
-                executor.call(_extra_inputs)[0])
+                executor.call(_extra_inputs)[0], grammars)
         notes = (f"dtype: {dtype_name(source.dtype)}", f"threads: {_threads()}", *report.notes, *plugins.notes)
         start = StartReport(tuple(timer.phases), timer.elapsed_s, plan.num_blocks, plan.capacity_tokens, notes)
         running = RunningEngine(config, engine, executor, plugins, rules, source.defaults, plan, start)
@@ -88,6 +96,21 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
     start.log(running.model_name)
     running.announce()
     return running
+
+
+def _grammars(config: EngineConfig, plugins: PluginSet, source: ModelSource,
+              tokenizer: Tokenizer | None) -> tuple[GrammarGate | None, Callable[[], GrammarVocabulary] | None]:
+    """What tries grammars, and what makes the vocabulary once for it and for the workers of this process."""
+    backend = config.features.guided_decoding_backend
+    entry = find_grammar(backend, plugins)
+    if tokenizer is None:
+        return None, None
+
+    @cache
+    def make_vocabulary() -> GrammarVocabulary:
+        return grammar_vocabulary(tokenizer, source.config.vocab_size, source.end_token_ids)
+
+    return GrammarGate(entry, BackendChoice.parse(backend), make_vocabulary), make_vocabulary
 
 
 def _chunkable(worker: Any) -> bool:

@@ -23,6 +23,7 @@ COMPILE_TIMEOUT_S = 120
 
 _P, _I, _F, _B = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 SIGNATURES = {
+    "kvloom_apply_bitmask": (_P, _I, _P, _P, _I, _I, _B, _B),
     "kvloom_attend": (_P, _I, _P, _P, _P, _I, _P, _P, _I, _I, _I, _I, _I, _I, _I, _F, _F, _B, _P, _P, _B, _B),
     "kvloom_attend_tokens": (_P, _I, _P, _I, _P, _I, _P, _I, _I, _I, _I, _I, _I, _F, _F, _B, _P, _B, _B),
     "kvloom_has_linear": (),

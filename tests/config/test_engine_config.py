@@ -37,7 +37,7 @@ OTHER_VALUE = "something else"
 UNSUPPORTED_VALUES = {
     "task": "embed", "tensor_parallel_size": 2, "pipeline_parallel_size": 2, "enable_lora": True, "max_loras": 2,
     "max_lora_rank": 8, "limit_mm_per_prompt": {"image": 1}, "mm_processor_kwargs": {"x": 1}, "override_pooler_config": {"x": 1},
-    "speculative_config": {"method": "ngram"}, "guided_decoding_backend": "xgrammar",
+    "speculative_config": {"method": "ngram"},
 }
 NO_EFFECT_VALUES = {
     "gpu_memory_utilization": 0.5, "swap_space": 1.0, "cpu_offload_gb": 1.0, "enforce_eager": True, "max_seq_len_to_capture": 100,

@@ -120,7 +120,7 @@ OTHER_ARGS: Mapping[str, OtherArg] = MappingProxyType({
     "enable_prompt_embeds": _later("give text or token prompts", False),
     "enable_reasoning": _later("leave it out"),
     "reasoning_parser": _later("leave it out"),
-    "structured_outputs_config": _later("leave it out"),
+    "structured_outputs_config": _later("use guided_decoding_backend"),
     # observability and transfer
     "show_hidden_metrics_for_version": _idle("no metric is hidden", None, str | None),
     "otlp_traces_endpoint": _later("use the observer hooks"),

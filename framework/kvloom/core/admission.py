@@ -27,7 +27,8 @@ class Admission:
         """
         prompt_tokens = len(spec.prompt_token_ids)
         check_prompt_length(prompt_tokens, self._limits.max_model_len)
-        stop = StopRule.of(spec.sampling, prompt_tokens, self._limits.max_model_len, spec.eos_token_id, spec.extra_eos_token_ids)
+        stop = StopRule.of(spec.sampling, prompt_tokens, self._limits.max_model_len, spec.eos_token_id, spec.extra_eos_token_ids,
+                           has_grammar=spec.grammar is not None)
         if spec.sampling.min_tokens > stop.end_tokens - prompt_tokens:
             raise RequestValidationError(
                 f"min_tokens={spec.sampling.min_tokens} cannot be reached: {stop.end_tokens - prompt_tokens} output tokens fit after a "

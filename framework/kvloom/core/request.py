@@ -20,6 +20,7 @@ from kvloom.core.kv_blocks import BlockTable
 from kvloom.core.stop import Finish, StopRule
 from kvloom.errors import InternalError, RequestFailedError
 from kvloom.interfaces.decoder import Branch
+from kvloom.interfaces.grammar import GrammarSpec
 from kvloom.interfaces.step import BlockIds, NewSequence, RowResult, TokenLogprob, TokenRange
 from kvloom.outputs import RequestMetrics
 from kvloom.params import SamplingParams
@@ -51,7 +52,7 @@ class RequestSpec:
         cache_root: digest of everything besides tokens that decides what is in the blocks, see `prefix_cache.root_digest`.
         read_prefix_cache: False computes every prompt token (its blocks still serve others).
         leader: sequence id of the sibling whose prompt it shares: it waits until that one's is computed. None: it is the leader.
-        processors, adapter, media, extras: as `NewSequence` says.
+        processors, grammar, adapter, media, extras: as `NewSequence` says.
         branching: set for a request whose sequences branch; `sampling` then says how many candidates a row gives.
         arrival_s: ``time.monotonic()`` of the arrival; None means now.
     """
@@ -67,6 +68,7 @@ class RequestSpec:
     read_prefix_cache: bool = True
     leader: int | None = None
     processors: tuple[tuple[str, Any], ...] = ()
+    grammar: GrammarSpec | None = None
     adapter: str | None = None
     media: tuple[tuple[str, int], ...] = ()
     extras: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -259,7 +261,7 @@ class Request:
         return NewSequence(
             self.sequence_id, tuple(self.token_ids), self.prompt_tokens, self.computed_tokens, self.table.ids(), spec.sampling,
             seed=spec.seed, sample_index=spec.sample_index, adapter=spec.adapter, media=spec.media, extras=dict(spec.extras),
-            end_token_ids=spec.end_token_ids, processors=spec.processors,
+            end_token_ids=spec.end_token_ids, processors=spec.processors, grammar=spec.grammar,
             score_temperature=0.0 if spec.branching is None else spec.branching.needs.temperature,
         )
 

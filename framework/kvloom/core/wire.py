@@ -12,6 +12,7 @@ from typing import Any
 import msgpack
 
 from kvloom.errors import InternalError, UnsupportedFeatureError
+from kvloom.interfaces.grammar import GrammarSpec
 from kvloom.interfaces.step import (
     BlockCopy,
     BlockMove,
@@ -90,6 +91,7 @@ def _read_sampling(data: bytes | None) -> SamplingParams | None:
 def _read_sequence(values: tuple[Any, ...]) -> NewSequence:
     named = dict(zip((f.name for f in fields(NewSequence)), values, strict=True))
     named["sampling"] = _read_sampling(named["sampling"])
+    named["grammar"] = named["grammar"] and GrammarSpec._make(named["grammar"])
     named["pooling"] = named["pooling"] and PoolingParams(**msgpack.unpackb(named["pooling"]))
     return NewSequence(**named)
 

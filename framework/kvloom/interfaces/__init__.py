@@ -7,7 +7,7 @@ from kvloom.interfaces.attention import AttentionBackend, AttentionBatch, Attent
 from kvloom.interfaces.comm import Comm
 from kvloom.interfaces.decoder import Branch, Branching, Candidates, Decision, Decoder, FinishedBranch, Proposer
 from kvloom.interfaces.executor import Executor
-from kvloom.interfaces.grammar import CompiledGrammar, Grammar, GrammarMatcher, GrammarProblem, GrammarSpec
+from kvloom.interfaces.grammar import CompiledGrammar, Grammar, GrammarMatcher, GrammarProblem, GrammarSpec, GrammarVocabulary
 from kvloom.interfaces.loader import TensorInfo, WeightLoader
 from kvloom.interfaces.media import MediaItem, MediaProcessor
 from kvloom.interfaces.model import (
@@ -86,6 +86,7 @@ __all__ = [
     "GrammarMatcher",
     "GrammarProblem",
     "GrammarSpec",
+    "GrammarVocabulary",
     "HostTierReport",
     "KVGroup",
     "LayerCache",

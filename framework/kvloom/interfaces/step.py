@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from kvloom.interfaces.grammar import GrammarSpec
 from kvloom.params import PoolingParams, SamplingParams
 
 BlockIds = tuple[tuple[int, ...], ...]
@@ -37,6 +38,7 @@ class NewSequence:
         end_token_ids: that end a text, for processors that put that off.
         processors: name of each logits processor that the request asks for, with its parameters as plain data.
         score_temperature: candidates' log-probabilities are of logits divided by it; 0 leaves the logits alone.
+        grammar: what the output must be, or None.
     """
 
     sequence_id: int
@@ -54,6 +56,7 @@ class NewSequence:
     end_token_ids: tuple[int, ...] = ()
     processors: tuple[tuple[str, Any], ...] = ()
     score_temperature: float = 0.0
+    grammar: GrammarSpec | None = None
 
 
 class TokenRange(NamedTuple):

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from kvloom.errors import UnsupportedFeatureError
+
 
 class Tokenizer(ABC):
     """Registered with ``kvloom_register_tokenizers`` under a ``tokenizer_mode``. Made once an engine; must be thread-safe."""
@@ -95,3 +97,15 @@ class Tokenizer(ABC):
         Returns:
             Its text alone; U+FFFD where that is no whole character, empty for ids that the tokenizer does not know.
         """
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes that a token adds to a text, for grammars; any id may be asked for.
+
+        Those of a sequence, put together and decoded with U+FFFD for what is no character, are `decode`'s text, except that some
+        tokenizers leave out a space at the very beginning. Empty for special tokens and unknown ids.
+
+        Raises:
+            UnsupportedFeatureError: the tokenizer does not tell, as here.
+        """
+        raise UnsupportedFeatureError("structured output", type(self).__name__, "this tokenizer has no token_bytes: use another "
+                                      "tokenizer_mode, or no grammar")

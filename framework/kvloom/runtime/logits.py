@@ -19,6 +19,7 @@ from kvloom.near import did_you_mean
 if TYPE_CHECKING:
     from kvloom.interfaces.tokenizer import Tokenizer
     from kvloom.params import SamplingParams
+    from kvloom.runtime.grammar import SequenceGrammar
 
 Asked = tuple[tuple[str, Any], ...]
 """As `NewSequence.processors`: name and parameters of each processor that a request asks for."""
@@ -53,10 +54,11 @@ def make_processors(registry: Registry[LogitsProcessor], more: Sequence[type | s
 
 @dataclass(frozen=True, slots=True)
 class SequenceProcessors:
-    """What one sequence asked for: index of the processor -> its state; or why those could not be made."""
+    """What one sequence asked for: index of the processor -> its state, and its grammar; or why those could not be made."""
 
     states: Mapping[int, Any]
     error: RequestError | None = None
+    grammar: SequenceGrammar | None = None
 
 
 NO_PROCESSORS = SequenceProcessors({})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from kvloom.interfaces.sampling import Sampler
 from kvloom.interfaces.state import KVGroup
 from kvloom.interfaces.step import RowResult, Step, StepResult
 from kvloom.runtime.batch import BatchState, GroupIndices, StepIndices
+from kvloom.runtime.grammar import MaskFiller, StepMasks
 from kvloom.runtime.host_blocks import HostBlocks
 from kvloom.runtime.logits import LogitsPipeline
 from kvloom.runtime.logprobs import Candidates
@@ -43,6 +45,7 @@ class Runner:
         self._unstored = tuple(i for i, backend in backends.items() if not backend.spec.stored)
         self._state, self._host_blocks = state, host_blocks
         self._rows = RowSampler(sampler, pipeline, state)
+        self._masks = MaskFiller()
 
     @torch.inference_mode()
     def execute(self, step: Step) -> StepResult:
@@ -53,6 +56,7 @@ class Runner:
         if not step.ranges:
             return StepResult(step.step_id, ())
         indices = self._state.indices(step)
+        masks = self._masks.begin([self._state.processors[row].grammar for row in indices.rows[indices.sampled]])
         ctx = ForwardContext(self._comm, self._layer_steps(indices))
         inputs = ModelInputs(
             token_ids=self._to_device(indices.token_ids), positions=self._to_device(indices.positions)[None],
@@ -63,11 +67,15 @@ class Runner:
             return self._model.logits(rows, ctx)
 
         prompt_rows = self._prompt_logprobs(step, indices, hidden, logits_of)
-        sampled = self._sample(step, indices, hidden, logits_of)
+        sampled = self._sample(step, indices, hidden, logits_of, masks)
         rows = [sampled.get(i) or RowResult(r.sequence_id) for i, r in enumerate(step.ranges)]
         for i, found in prompt_rows.items():
             rows[i] = rows[i]._replace(prompt_logprobs=found)
         return StepResult(step.step_id, tuple(rows))
+
+    def close(self) -> None:
+        """End its thread."""
+        self._masks.close()
 
     def _move_blocks(self, step: Step) -> None:
         if self._host_blocks is None:
@@ -98,14 +106,16 @@ class Runner:
                 steps[i] = LayerStep(self._backends[i], cache, prepared[id(self._backends[i])])
         return steps
 
-    def _sample(self, step: Step, indices: StepIndices, hidden: torch.Tensor, logits_of: LogitsOf) -> dict[int, RowResult]:
+    def _sample(self, step: Step, indices: StepIndices, hidden: torch.Tensor, logits_of: LogitsOf,
+                masks: Future[StepMasks] | None) -> dict[int, RowResult]:
         """Sample every asking range's last row; results by index into the ranges."""
         if not len(indices.sampled):
             return {}
         last = self._to_device(indices.query_starts[indices.sampled + 1].astype(np.int64) - 1)
         positions = indices.context_tokens[indices.sampled].astype(np.int64)
         ranges = [step.ranges[i] for i in indices.sampled]
-        results = self._rows.sample(ranges, indices.rows[indices.sampled], positions, hidden[last], logits_of)
+        results = self._rows.sample(ranges, indices.rows[indices.sampled], positions, hidden[last], logits_of,
+                                    None if masks is None else masks.result())
         return dict(zip(indices.sampled.tolist(), results, strict=True))
 
     def _prompt_logprobs(self, step: Step, indices: StepIndices, hidden: torch.Tensor,

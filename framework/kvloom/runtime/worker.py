@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,23 @@ from pydantic import ValidationError
 from kvloom.config import EngineConfig
 from kvloom.errors import ConfigError, EngineStateError, InternalError, NotRegisteredError, RequestError
 from kvloom.hooks.loader import PluginSet
-from kvloom.interfaces import HostTierReport, Model, NewSequence, SequenceView, Step, StepResult, WeightLoader, WorkerReport
+from kvloom.interfaces import (
+    Grammar,
+    GrammarVocabulary,
+    HostTierReport,
+    Model,
+    NewSequence,
+    SequenceView,
+    Step,
+    StepResult,
+    WeightLoader,
+    WorkerReport,
+)
 from kvloom.interfaces.attention import LayerCache
 from kvloom.runtime.batch import BatchState
 from kvloom.runtime.builder import BuiltModel, ModelSource, build_model
 from kvloom.runtime.comm import LocalComm
+from kvloom.runtime.grammar import GrammarFactory
 from kvloom.runtime.host_blocks import HostBlocks
 from kvloom.runtime.host_memory import host_memory, release_freed
 from kvloom.runtime.kv_tensors import LayerShapes, allocate, copy_blocks
@@ -28,6 +40,8 @@ from kvloom.runtime.offload import HostWeights, layers_to_offload, offload, weig
 from kvloom.runtime.profiling import WorkerProfiler
 from kvloom.runtime.runner import Runner
 from kvloom.runtime.weights import check_catalog, load_weights, wanted_infos, wanted_slots
+from kvloom.text.grammar_gate import find_grammar
+from kvloom.text.vocabulary import open_vocabulary
 from kvloom_kernels import native
 from kvloom_kernels.linear import product_kind
 
@@ -104,10 +118,15 @@ class DeviceWorker:
     Attributes:
         host_link: None where the device is the host itself: then blocks that gave way are recomputed, all weights stay where they are,
             and level 1 of sleep has none to move. To be set before `load`.
+
+    Args:
+        make_vocabulary: for grammars, called with the first one; None opens the tokenizer again.
     """
 
-    def __init__(self, rank: int, config: EngineConfig, plugins: PluginSet, source: ModelSource) -> None:
+    def __init__(self, rank: int, config: EngineConfig, plugins: PluginSet, source: ModelSource,
+                 make_vocabulary: Callable[[], GrammarVocabulary] | None = None) -> None:
         self.rank = rank
+        self._make_vocabulary = make_vocabulary or self._open_vocabulary
         self._config, self._plugins, self._source = config, plugins, source
         self._device = torch.device("cpu")
         self._comm = LocalComm()
@@ -187,8 +206,8 @@ class DeviceWorker:
         sampler = self._plugins.registries["samplers"].resolve(DEFAULT_SAMPLER).load()()
         pipeline = LogitsPipeline(make_processors(self._plugins.registries["logits_processors"],
                                                   self._config.features.logits_processors or ()))
-        vocab_size = self._source.config.vocab_size
-        state = BatchState(limits.max_num_seqs, limits.max_model_len, groups, lambda new: _start(pipeline, new, vocab_size),
+        grammars, vocab_size = self._grammars(), self._source.config.vocab_size
+        state = BatchState(limits.max_num_seqs, limits.max_model_len, groups, lambda new: _start(pipeline, grammars, new, vocab_size),
                            tuple(built.model.extra_inputs), lambda copies: copy_blocks(groups, caches, copies))
         num_layers = len(built.model.state_specs())
         tier = self._host_tier()
@@ -205,7 +224,8 @@ class DeviceWorker:
 
     def sleep(self, level: int) -> None:
         """See `Worker.sleep`."""
-        self._runner = self._caches = None
+        self._drop_runner()
+        self._caches = None
         if level == 2:
             self._built = self._aside = None
         elif self.host_link is not None and self._aside is None:
@@ -240,7 +260,25 @@ class DeviceWorker:
     def close(self) -> None:
         """See `Worker.close`."""
         self._profiler.close()
-        self._runner = self._caches = self._built = self._aside = None
+        self._drop_runner()
+        self._caches = self._built = self._aside = None
+
+    def _drop_runner(self) -> None:
+        if self._runner is not None:
+            self._runner.close()
+        self._runner = None
+
+    def _grammars(self) -> GrammarFactory:
+        entry = find_grammar(self._config.features.guided_decoding_backend, self._plugins)
+
+        def make(vocabulary: GrammarVocabulary) -> Grammar:
+            return entry.load()(vocabulary)
+
+        return GrammarFactory(f"{entry.name!r} ({entry.origin})", make, self._make_vocabulary)
+
+    def _open_vocabulary(self) -> GrammarVocabulary:
+        source = self._source
+        return open_vocabulary(self._config, self._plugins, source.directory, source.config.vocab_size, source.end_token_ids)
 
     def _model(self) -> BuiltModel:
         if self._built is None:
@@ -248,14 +286,15 @@ class DeviceWorker:
         return self._built
 
 
-def _start(pipeline: LogitsPipeline, new: NewSequence, vocab_size: int) -> SequenceProcessors:
+def _start(pipeline: LogitsPipeline, grammars: GrammarFactory, new: NewSequence, vocab_size: int) -> SequenceProcessors:
     """States of a sequence that comes. What a plugin raises is kept for its first row: the step goes on."""
-    if new.sampling is None or not new.processors:
+    if new.sampling is None or not (new.processors or new.grammar):
         return NO_PROCESSORS
     prompt = new.token_ids[:new.prompt_tokens]
     view = SequenceView(new.sequence_id, new.sample_index, prompt, new.sampling, vocab_size, new.end_token_ids)
     try:
-        return pipeline.start(view, new.processors, new.token_ids[new.prompt_tokens:])
+        grammar = grammars.start(new)
+        return replace(pipeline.start(view, new.processors, new.token_ids[new.prompt_tokens:]), grammar=grammar)
     except RequestError as error:
         return SequenceProcessors({}, error)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,6 +12,7 @@ import transformers
 
 from kvloom.errors import ModelError
 from kvloom.interfaces import Tokenizer, remote_code
+from kvloom_plugins.tokenizers.pieces import reader_of
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 
@@ -136,6 +139,23 @@ class AutoTokenizer(Tokenizer):
         if text is None:
             text = self._texts[token_id] = self.decode([token_id], skip_special_tokens=False)
         return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """See `Tokenizer.token_bytes`."""
+        if self._read_piece is None:
+            return super().token_bytes(token_id)
+        return b"" if not self._knows(token_id) or token_id in self._special else self._read_piece(self._names[token_id])
+
+    @cached_property
+    def _read_piece(self) -> Callable[[str], bytes] | None:
+        if not self.is_fast:
+            return None
+        decoder = self._hf.backend_tokenizer.decoder
+        return reader_of(None if decoder is None else json.loads(decoder.__getstate__()))
+
+    @cached_property
+    def _names(self) -> Mapping[int, str]:
+        return {token_id: name for name, token_id in self._hf.get_vocab().items()}
 
     def _knows(self, token_id: int) -> bool:
         return 0 <= token_id < self._vocab_size and token_id not in self._gaps
