@@ -22,12 +22,13 @@ from typing import Any
 
 import kvloom.errors
 from kvloom.beam_outputs import BeamSearchOutput, BeamSearchSequence
-from kvloom.config import OTHER_ARGS, RENAMED, SECTIONS, NoEffect, Unsupported
+from kvloom.config import OTHER_ARGS, RENAMED, SECTIONS, TASK_ARGS, NoEffect, Unsupported
 from kvloom.config.compat import OTHER_METHODS
+from kvloom.config.pooler import PoolerConfig
 from kvloom.errors import RequestError, UnsupportedFeatureError
 from kvloom.llm import LLM
 from kvloom.outputs import CompletionOutput, Logprob, RequestOutput
-from kvloom.params import BeamSearchParams, SamplingParams
+from kvloom.params import BeamSearchParams, PoolingParams, SamplingParams
 from kvloom.structured_outputs import StructuredOutputsParams
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +73,8 @@ def other_parameters() -> str:
     """vLLM's names that are no parameters of their own here."""
     rows = ["| name | taken values | state | test |", "|---|---|---|---|"]
     rows += [f"| `{old}` | as `{new}` | works, with a note | {_test('names_of_other_versions')} |" for old, new in RENAMED.items()]
+    rows += [f"| `{name}` | {', '.join(f'`{v!r}`' for v in tasks)} | works, as `task` does | {_test(name)} |"
+             for name, tasks in TASK_ARGS.items()]
     for name, other in OTHER_ARGS.items():
         more = other.state.values if isinstance(other.state, Unsupported) else ()
         taken = "any" if isinstance(other.state, NoEffect) else ", ".join(f"`{v!r}`" for v in (other.default, *more))
@@ -151,6 +154,21 @@ def beam_search() -> str:
     for field in fields(BeamSearchParams):
         test = _test(f"beam_search_params_{field.name}", "tests/api/")
         rows.append(f"| `{field.name}` | {_default(field)} | {meanings[field.name]} | {test} |")
+    return "\n".join(rows)
+
+
+def pooling() -> str:
+    """Fields of PoolingParams with default and test."""
+    rows, meanings = ["| field | default | meaning | test |", "|---|---|---|---|"], _meanings(PoolingParams)
+    rows += [f"| `{field.name}` | {_default(field)} | {meanings[field.name]} | {_test(f'pooling_{field.name}')} |"
+             for field in fields(PoolingParams)]
+    return "\n".join(rows)
+
+
+def pooler() -> str:
+    """Fields of PoolerConfig with test."""
+    rows, meanings = ["| field | meaning | test |", "|---|---|---|"], _documented(PoolerConfig)
+    rows += [f"| `{name}` | {meanings[name]} | {_test(f'pooler_{name}')} |" for name in PoolerConfig.model_fields]
     return "\n".join(rows)
 
 
@@ -235,7 +253,12 @@ def missing() -> list[str]:
 
 def _meanings(cls: type) -> dict[str, str]:
     """Field -> its meaning in the section Args of a class's docstring. Several fields may share one entry."""
-    found = {field.name: "" for field in fields(cls)} | UNDOCUMENTED.get(cls.__name__, {})
+    return _documented(cls, {field.name: "" for field in fields(cls)} | UNDOCUMENTED.get(cls.__name__, {}))
+
+
+def _documented(cls: type, found: dict[str, str] | None = None) -> dict[str, str]:
+    """Name -> meaning, as the section Args says, on top of `found`."""
+    found = {} if found is None else found
     section = (inspect.getdoc(cls) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
     for entry in re.split(r"\n {4}(?=\w)", f"\n{section}")[1:]:
         names, _, meaning = entry.partition(": ")
@@ -275,6 +298,8 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "other-methods": ("docs/api.md", other_methods),
     "sampling": ("docs/api.md", sampling),
     "structured-outputs": ("docs/api.md", lambda: output_fields(StructuredOutputsParams, "structured_outputs")),
+    "pooling": ("docs/api.md", pooling),
+    "pooler": ("docs/api.md", pooler),
     "request-output": ("docs/api.md", lambda: output_fields(RequestOutput, "request_output")),
     "completion-output": ("docs/api.md", lambda: output_fields(CompletionOutput, "completion_output")),
     "logprob": ("docs/api.md", lambda: output_fields(Logprob, "logprob")),

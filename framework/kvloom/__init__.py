@@ -10,10 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvloom.beam_outputs import BeamSearchOutput, BeamSearchSequence
+    from kvloom.config.pooler import PoolerConfig
     from kvloom.hooks.markers import hookimpl
     from kvloom.llm import LLM
     from kvloom.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from kvloom.params import BeamSearchParams, PoolingParams, RequestOutputKind, SamplingParams
+    from kvloom.pooling_outputs import (
+        ClassificationOutput,
+        ClassificationRequestOutput,
+        EmbeddingOutput,
+        EmbeddingRequestOutput,
+        PoolingOutput,
+        PoolingRequestOutput,
+        ScoringOutput,
+        ScoringRequestOutput,
+    )
     from kvloom.prompts import TextPrompt, TokensPrompt
     from kvloom.structured_outputs import GuidedDecodingParams, StructuredOutputsParams
 
@@ -22,14 +33,23 @@ __all__ = [
     "BeamSearchOutput",
     "BeamSearchParams",
     "BeamSearchSequence",
+    "ClassificationOutput",
+    "ClassificationRequestOutput",
     "CompletionOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
     "GuidedDecodingParams",
     "Logprob",
+    "PoolerConfig",
+    "PoolingOutput",
     "PoolingParams",
+    "PoolingRequestOutput",
     "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "ScoringOutput",
+    "ScoringRequestOutput",
     "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
@@ -40,6 +60,15 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOME = {
+    "PoolerConfig": "kvloom.config.pooler",
+    "ClassificationOutput": "kvloom.pooling_outputs",
+    "ClassificationRequestOutput": "kvloom.pooling_outputs",
+    "EmbeddingOutput": "kvloom.pooling_outputs",
+    "EmbeddingRequestOutput": "kvloom.pooling_outputs",
+    "PoolingOutput": "kvloom.pooling_outputs",
+    "PoolingRequestOutput": "kvloom.pooling_outputs",
+    "ScoringOutput": "kvloom.pooling_outputs",
+    "ScoringRequestOutput": "kvloom.pooling_outputs",
     "LLM": "kvloom.llm",
     "BeamSearchOutput": "kvloom.beam_outputs",
     "BeamSearchParams": "kvloom.params",

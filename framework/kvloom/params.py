@@ -24,6 +24,7 @@ from kvloom.param_checks import (
     check_number,
     check_texts,
 )
+from kvloom.pooling_params import PoolingParams
 from kvloom.structured_outputs import StructuredOutputsParams
 
 MAX_SEQUENCES_PER_REQUEST = 16384
@@ -333,14 +334,6 @@ class BeamSearchParams:
         self.length_penalty = check_number("length_penalty", self.length_penalty, -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY)
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             check_bool(name, getattr(self, name))
-
-
-@dataclass
-class PoolingParams:
-    """How to pool. Pooling tasks are not built yet: the class is here because a `Step` carries it."""
-
-    task: str = "embed"
-    dimensions: int | None = None
 
 
 __all__ = ["BeamSearchParams", "PoolingParams", "RequestOutputKind", "SamplingParams", "field_names"]

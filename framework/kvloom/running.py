@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvloom.config import EngineConfig
 from kvloom.core import Engine, Request, RequestSpec
-from kvloom.decoding import Decoding, NamedDecoder, find_decoder
+from kvloom.decoding import NamedDecoder, find_decoder
 from kvloom.errors import (
     EngineClosedError,
     EngineStateError,
@@ -25,9 +25,8 @@ from kvloom.errors import (
 from kvloom.hooks.loader import PluginSet
 from kvloom.hooks.origin import Origin
 from kvloom.interfaces import Executor, Tokenizer
-from kvloom.live_request import Call, LiveRequest, LiveSequence, OnText
+from kvloom.live_request import Call, LiveRequest, LiveSequence, MakeOutput, OnText, Params
 from kvloom.logs import get_logger
-from kvloom.outputs import RequestMetrics, RequestOutput
 from kvloom.params import SamplingParams
 from kvloom.prompts import ParsedPrompt, parse_prompt
 from kvloom.request_counter import RequestCounter
@@ -36,7 +35,6 @@ from kvloom.runtime.host_memory import held_bytes
 from kvloom.sleep import Sleeper, SleepState
 from kvloom.start_report import StartReport
 from kvloom.text.chat import ChatFormatter
-from kvloom.text.output import request_output
 from kvloom.text.sequence_text import SequenceText
 from kvloom.text.templates import TemplateRenderer
 from kvloom.text.tokenizer import adopt_tokenizer
@@ -142,7 +140,7 @@ class RunningEngine:
 
     # -- requests come
 
-    def submit(self, call: Call, prompts: Sequence[Any], params: Sequence[SamplingParams | Decoding], priorities: Sequence[int], *,
+    def submit(self, call: Call, prompts: Sequence[Any], params: Sequence[Params], priorities: Sequence[int], *,
                return_errors: bool = False, on_text: OnText | None = None, first_place: int = 0) -> None:
         """Check and queue all prompts, or none.
 
@@ -162,10 +160,10 @@ class RunningEngine:
             self._check_ready()
             ready: list[tuple[LiveRequest, list[RequestSpec]]] = []
             refused: list[tuple[LiveRequest, KvloomError]] = []
-            for i, (prompt, sampling, priority) in enumerate(zip(prompts, params, priorities, strict=True)):
-                live = LiveRequest(str(self.numbers.counter + i), None, first_place + i, call, on_text)
+            for i, (prompt, own, priority) in enumerate(zip(prompts, params, priorities, strict=True)):
+                live = LiveRequest(str(self.numbers.counter + i), None, first_place + i, call, MakeOutput.of(own), on_text)
                 try:
-                    ready.append((live, self._read_prompt(live, prompt, sampling, self.numbers.counter + i, priority)))
+                    ready.append((live, self._read_prompt(live, prompt, own, self.numbers.counter + i, priority)))
                 except REFUSALS as error:
                     if not return_errors:
                         raise
@@ -173,18 +171,17 @@ class RunningEngine:
             refused += self._queue(ready, return_errors=return_errors)
             self.numbers.counter += len(prompts)
         for live, reason in refused:
-            call.deliver(live.place, _refusal(live, reason))
+            call.deliver(live.place, live.output.refused(live, reason))
 
-    def check(self, prompts: Sequence[Any], params: Sequence[SamplingParams | Decoding], priorities: Sequence[int]) -> None:
+    def check(self, prompts: Sequence[Any], params: Sequence[Params], priorities: Sequence[int]) -> None:
         """What `submit` would raise for prompts that are submitted later; nothing is queued."""
         with self._alone("check"):
-            for i, (prompt, sampling, priority) in enumerate(zip(prompts, params, priorities, strict=True)):
-                live = LiveRequest(str(self.numbers.counter + i), None, i, Call())
-                for spec in self._read_prompt(live, prompt, sampling, self.numbers.counter + i, priority):
+            for i, (prompt, own, priority) in enumerate(zip(prompts, params, priorities, strict=True)):
+                live = LiveRequest(str(self.numbers.counter + i), None, i, Call(), MakeOutput.of(own))
+                for spec in self._read_prompt(live, prompt, own, self.numbers.counter + i, priority):
                     self.engine.scheduler.check(spec)
 
-    def _read_prompt(self, live: LiveRequest, prompt: Any, params: SamplingParams | Decoding, number: int,
-                     priority: int) -> list[RequestSpec]:
+    def _read_prompt(self, live: LiveRequest, prompt: Any, params: Params, number: int, priority: int) -> list[RequestSpec]:
         """A request's sequences, with their texts. Whatever goes wrong here is this request's failure, as a `RequestError`."""
         try:
             parsed = parse_prompt(prompt)
@@ -198,11 +195,8 @@ class RunningEngine:
             raise _failure(live, "cannot be read", error) from error
         return specs
 
-    def _checked(self, prompt: ParsedPrompt, params: SamplingParams | Decoding, number: int, priority: int) -> list[RequestSpec]:
-        if isinstance(params, Decoding):
-            specs = [self.rules.branching(prompt, params, number, priority)]
-        else:
-            specs = self.rules.specs(prompt, params, number, priority)
+    def _checked(self, prompt: ParsedPrompt, params: Params, number: int, priority: int) -> list[RequestSpec]:
+        specs = self.rules.specs(prompt, params, number, priority)
         arrival_s = time.monotonic()
         return [replace(s, arrival_s=arrival_s) for s in specs]
 
@@ -235,9 +229,10 @@ class RunningEngine:
 
     def _text(self, spec: RequestSpec, live: LiveRequest) -> SequenceText | None:
         """Followed token by token where stop strings may end it or somebody reads along."""
-        if self.tokenizer is None or not spec.sampling.detokenize or not (spec.sampling.stop_strings or live.on_text):
+        sampling = spec.sampling
+        if self.tokenizer is None or sampling is None or not sampling.detokenize or not (sampling.stop_strings or live.on_text):
             return None
-        return SequenceText(self.tokenizer, spec.prompt_token_ids, spec.sampling)
+        return SequenceText(self.tokenizer, spec.prompt_token_ids, sampling)
 
     # -- requests go
 
@@ -289,9 +284,9 @@ class RunningEngine:
 
     def _deliver(self, live: LiveRequest, error: KvloomError | None) -> None:
         try:
-            output = request_output(live, self.tokenizer, error)
+            output = live.output.ended(live, self.tokenizer, error)
         except Exception as raised:  # noqa: BLE001  (see `_look_at`)
-            output = _refusal(live, error or _failure(live, "cannot be decoded", raised))
+            output = live.output.refused(live, error or _failure(live, "cannot be decoded", raised))
         self._forget(live)
         live.call.deliver(live.place, output)
         self._observe("kvloom_request_finished", output)
@@ -378,11 +373,3 @@ def _failure(live: LiveRequest, what: str, error: Exception) -> RequestFailedErr
     failure = RequestFailedError(f"request {live.request_id} {what}: {type(error).__name__}: {error}")
     failure.__cause__ = error
     return failure
-
-
-def _refusal(live: LiveRequest, error: KvloomError) -> RequestOutput:
-    """The output of a request that has none."""
-    now_s = time.monotonic()
-    metrics = RequestMetrics(now_s, finished_time=now_s)
-    token_ids = list(live.sequences[0].request.spec.prompt_token_ids) if live.sequences else []
-    return RequestOutput(live.request_id, live.prompt, token_ids, None, [], True, metrics, error=error)

@@ -49,7 +49,7 @@ ROWS = {
     "completion_output": [*(f.name for f in fields(CompletionOutput)), "finished"],
     "logprob": [f.name for f in fields(Logprob)],
     "pooling_output": ["data", "embedding"],
-    "pooling_request_output": ["request_id", "outputs", "prompt_token_ids", "finished", "num_cached_tokens", "error"],
+    "pooling_request_output": ["request_id", "outputs", "prompt_token_ids", "finished", "num_cached_tokens", "error", "metrics"],
     "embedding_output": ["embedding", "hidden_size"], "classification_output": ["probs", "num_classes"], "scoring_output": ["score", "embedding"],
     "beam_search_output": ["sequences", "error"], "beam_search_sequence": [f.name for f in fields(BeamSearchSequence)],
 }
@@ -413,6 +413,13 @@ def test_pooling_request_output_error__is_taken_over(request_output, output, dat
     assert base.error is None
     base.error = error
     assert request_output.from_base(base).error is error
+
+
+@pytest.mark.parametrize(("request_output", "output", "data"), REQUEST_OUTPUTS)
+def test_pooling_request_output_metrics__are_taken_over(request_output, output, data: torch.Tensor) -> None:
+    base = pooled(data)
+    base.metrics = RequestMetrics(1.0)
+    assert request_output.from_base(base).metrics is base.metrics
 
 
 def refuses(output, data: torch.Tensor, message: str) -> None:

@@ -35,8 +35,8 @@ STATES = {**{name: SECTIONS[section].state(name) for name, section in SECTION_OF
 OTHER_VALUE = "something else"
 """Of the parameters in `OTHER_ARGS`: no such value has a meaning."""
 UNSUPPORTED_VALUES = {
-    "task": "embed", "tensor_parallel_size": 2, "pipeline_parallel_size": 2, "enable_lora": True, "max_loras": 2,
-    "max_lora_rank": 8, "limit_mm_per_prompt": {"image": 1}, "mm_processor_kwargs": {"x": 1}, "override_pooler_config": {"x": 1},
+    "task": "transcription", "tensor_parallel_size": 2, "pipeline_parallel_size": 2, "enable_lora": True, "max_loras": 2,
+    "max_lora_rank": 8, "limit_mm_per_prompt": {"image": 1}, "mm_processor_kwargs": {"x": 1},
     "speculative_config": {"method": "ngram"},
 }
 NO_EFFECT_VALUES = {

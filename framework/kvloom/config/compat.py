@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from kvloom.config.section import NoEffect, Unsupported
-from kvloom.errors import ConfigError
+from kvloom.errors import ConfigError, UnsupportedFeatureError
 
 RENAMED: Mapping[str, str] = MappingProxyType({
     "pooler_config": "override_pooler_config",
@@ -23,6 +23,34 @@ RENAMED: Mapping[str, str] = MappingProxyType({
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Settings = dict[str, Any] | None
+
+
+TASK_ARGS: Mapping[str, Mapping[str, str | None]] = MappingProxyType({
+    "runner": {"auto": None, "generate": "generate", "pooling": "pooling"},
+    "convert": {"auto": None, "none": None, "embed": "embed", "classify": "classify", "reward": "reward"},
+})
+"""Names of newer versions that say with two parameters what `task` says with one; value -> task. ``convert`` says more precisely
+what ``runner="pooling"`` says."""
+
+
+def task_of(values: Mapping[str, Any]) -> str | None:
+    """The task that `TASK_ARGS` among `values` mean; None where they leave it open.
+
+    Raises:
+        UnsupportedFeatureError: another value.
+        ConfigError: they contradict each other, or come beside ``task``.
+    """
+    given = {name: values[name] for name in TASK_ARGS if values.get(name) is not None}
+    for name, value in given.items():
+        if not isinstance(value, str) or value not in TASK_ARGS[name]:
+            raise UnsupportedFeatureError(name, value, f"use one of {', '.join(TASK_ARGS[name])}, or task=")
+    runner, convert = (TASK_ARGS[name][given.get(name, "auto")] for name in ("runner", "convert"))
+    if (runner or convert) and values.get("task", "auto") != "auto":
+        newer = " and ".join(f"{n}={v!r}" for n, v in given.items())
+        raise ConfigError(f"task={values['task']!r} and {newer} mean the same; give task")
+    if runner == "generate" and convert is not None:
+        raise ConfigError(f"runner='generate' contradicts convert={given['convert']!r}; give one of them, or task=")
+    return convert or runner
 
 
 class OtherArg(NamedTuple):
@@ -73,8 +101,6 @@ OTHER_ARGS: Mapping[str, OtherArg] = MappingProxyType({
     "offload_num_in_group": _later("use cpu_offload_gb", 1),
     "offload_prefetch_step": _later("use cpu_offload_gb", 1),
     "offload_params": _later("use cpu_offload_gb"),
-    "runner": _later("leave it at 'auto'", "auto"),
-    "convert": _later("leave it at 'auto'", "auto"),
     # KV cache
     "prefix_caching_hash_algo": _idle("keys of the prefix cache are always SHA-256", "builtin",
                                       Literal["builtin", "sha256", "sha256_cbor", "sha256_cbor_64bit"]),

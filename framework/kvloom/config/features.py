@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from kvloom.config.class_path import ClassPath
+from kvloom.config.pooler import PoolerConfig
 from kvloom.config.section import Section, Unsupported
 from kvloom.structured_outputs import BackendChoice
 
@@ -21,8 +22,8 @@ class FeatureSection(Section):
                                    Unsupported("text only so far")] = None
     mm_processor_kwargs: Annotated[dict[str, Any] | None, Field(description="for media processors"),
                                    Unsupported("text only so far")] = None
-    override_pooler_config: Annotated[Any, Field(description="how hidden states are pooled"),
-                                      Unsupported("only generation works")] = None
+    override_pooler_config: Annotated[PoolerConfig | None, Field(description="how hidden states are pooled, a PoolerConfig or a "
+                                                                 "dict of its fields; wins over the checkpoint's modules.json")] = None
     speculative_config: Annotated[dict[str, Any] | None, Field(description="draft tokens"), Unsupported("leave it out")] = None
     guided_decoding_backend: Annotated[str, Field(description="grammar backend of structured output: auto, or a registered name; "
                                                   "options after a colon: disable-any-whitespace, "
@@ -39,3 +40,8 @@ class FeatureSection(Section):
     def _check_backend(cls, value: str) -> str:
         BackendChoice.parse(value)
         return value
+
+    @field_validator("override_pooler_config", mode="before")
+    @classmethod
+    def _from_fields(cls, value: Any) -> Any:
+        return PoolerConfig(**value) if isinstance(value, dict) and all(isinstance(k, str) for k in value) else value

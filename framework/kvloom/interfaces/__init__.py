@@ -44,6 +44,7 @@ from kvloom.interfaces.step import (
     BlockMove,
     EncoderWork,
     NewSequence,
+    Pooled,
     RowError,
     RowResult,
     Step,
@@ -51,7 +52,7 @@ from kvloom.interfaces.step import (
     TokenLogprob,
     TokenRange,
 )
-from kvloom.interfaces.tokenizer import Tokenizer
+from kvloom.interfaces.tokenizer import EncodedPair, Tokenizer
 from kvloom.interfaces.worker import HostTierReport, Worker, WorkerFactory, WorkerReport
 
 __all__ = [
@@ -75,6 +76,7 @@ __all__ = [
     "Decision",
     "Decoder",
     "EmbeddingMethod",
+    "EncodedPair",
     "EncoderWork",
     "EngineHandle",
     "EngineInfo",
@@ -106,6 +108,7 @@ __all__ = [
     "ModuleTarget",
     "NewSequence",
     "ParamSpec",
+    "Pooled",
     "Pooler",
     "Proposer",
     "QuantMethod",

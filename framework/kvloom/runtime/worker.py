@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from kvloom.config import EngineConfig
+from kvloom.config.pooling import PoolingPlan
 from kvloom.errors import ConfigError, EngineStateError, InternalError, NotRegisteredError, RequestError
 from kvloom.hooks.loader import PluginSet
 from kvloom.interfaces import (
@@ -30,6 +31,7 @@ from kvloom.interfaces.attention import LayerCache
 from kvloom.runtime.batch import BatchState
 from kvloom.runtime.builder import BuiltModel, ModelSource, build_model
 from kvloom.runtime.comm import LocalComm
+from kvloom.runtime.dense import DenseLayers
 from kvloom.runtime.grammar import GrammarFactory
 from kvloom.runtime.host_blocks import HostBlocks
 from kvloom.runtime.host_memory import host_memory, release_freed
@@ -37,6 +39,7 @@ from kvloom.runtime.kv_tensors import LayerShapes, allocate, copy_blocks
 from kvloom.runtime.logits import NO_PROCESSORS, LogitsPipeline, SequenceProcessors, make_processors
 from kvloom.runtime.memory import MemoryPlan, memory_needs, plan_memory
 from kvloom.runtime.offload import HostWeights, layers_to_offload, offload, weights_bytes, weights_of
+from kvloom.runtime.pooling import PoolerSet, PoolingState, RowPooler
 from kvloom.runtime.profiling import WorkerProfiler
 from kvloom.runtime.runner import Runner
 from kvloom.runtime.weights import check_catalog, load_weights, wanted_infos, wanted_slots
@@ -207,13 +210,22 @@ class DeviceWorker:
         pipeline = LogitsPipeline(make_processors(self._plugins.registries["logits_processors"],
                                                   self._config.features.logits_processors or ()))
         grammars, vocab_size = self._grammars(), self._source.config.vocab_size
+        pooler = self._make_pooler(built.model)
         state = BatchState(limits.max_num_seqs, limits.max_model_len, groups, lambda new: _start(pipeline, grammars, new, vocab_size),
-                           tuple(built.model.extra_inputs), lambda copies: copy_blocks(groups, caches, copies))
+                           tuple(built.model.extra_inputs), lambda copies: copy_blocks(groups, caches, copies),
+                           lambda new: _start_pooling(pooler, new))
         num_layers = len(built.model.state_specs())
         tier = self._host_tier()
         host_blocks = HostBlocks(groups, caches, tier.num_blocks) if tier is not None and tier.num_blocks else None
         self._runner = Runner(built.model, sampler, pipeline, self._comm, groups, num_layers, built.backends, caches,
-                              state, self._device, host_blocks)
+                              state, self._device, host_blocks, pooler)
+
+    def _make_pooler(self, model: Model) -> RowPooler | None:
+        plan, source = self._source.pooling, self._source
+        if plan is None:
+            return None
+        dense = DenseLayers(plan.dense, lambda: make_loader(self._config, self._plugins))
+        return RowPooler(make_poolers(self._plugins, plan, model_pooling(self)), model, dense, source.dtype, source.config.hidden_size)
 
     def execute(self, step: Step) -> StepResult:
         """See `Worker.execute`."""
@@ -297,6 +309,24 @@ def _start(pipeline: LogitsPipeline, grammars: GrammarFactory, new: NewSequence,
         return replace(pipeline.start(view, new.processors, new.token_ids[new.prompt_tokens:]), grammar=grammar)
     except RequestError as error:
         return SequenceProcessors({}, error)
+
+
+def _start_pooling(pooler: RowPooler | None, new: NewSequence) -> PoolingState | None:
+    return None if pooler is None or new.pooling is None else pooler.start(new, new.pooling)
+
+
+def make_poolers(plugins: PluginSet, plan: PoolingPlan, of_model: tuple[str, dict[str, Any]]) -> PoolerSet:
+    """What pools: `of_model` is what `model_pooling` gives.
+
+    Raises:
+        NotRegisteredError: nobody offers the pooling type.
+    """
+    return PoolerSet(plugins.registries["poolers"], plan, *of_model)
+
+
+def model_pooling(worker: Any) -> tuple[str, dict[str, Any]]:
+    """For ``Executor.call``: how a worker's model wants to be pooled, and what is not its task's default."""
+    return worker.model.pooling, dict(worker.model.pooling_options)
 
 
 def _kernels_note() -> str:

@@ -7,7 +7,7 @@ token than a plain loop does (`FakeModel.generate`), or a `KVMismatchError` that
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from kvloom.errors import KvloomError, UnsupportedFeatureError
 from kvloom.interfaces.executor import Executor
 from kvloom.interfaces.state import KVGroup
-from kvloom.interfaces.step import NewSequence, RowError, RowResult, Step, StepResult, TokenLogprob, TokenRange
+from kvloom.interfaces.step import NewSequence, Pooled, RowError, RowResult, Step, StepResult, TokenLogprob, TokenRange
 from kvloom.interfaces.worker import HostTierReport, WorkerFactory, WorkerReport
 
 
@@ -75,6 +75,14 @@ class FakeModel:
         return output
 
 
+    def pooled(self, prompt: Iterable[int]) -> Pooled:
+        """What a pooling request gets: the state after its last token."""
+        state = b""
+        for token_id in prompt:
+            state = self.absorb(state, token_id)
+        return Pooled((len(state),), state)
+
+
 class Slot(NamedTuple):
     """What one token leaves in one slot of a block: it depends on the token, on all before it, and on the group's layers."""
 
@@ -92,6 +100,7 @@ class _Row:
         self.tables = [list(blocks) for blocks in new.block_ids]
         self.computed_tokens = new.computed_tokens
         self.candidates = -1 if new.sampling is None else new.sampling.num_candidates
+        self.is_pooled = new.pooling is not None
 
     def take_given(self, token_ids: Sequence[int], end: int) -> None:
         """A decoder chose the tokens before `end`."""
@@ -170,6 +179,10 @@ class FakeWorker:
             self._write(group, table, row, r.start, end)
             self._read(group, table, row, r, end)
         row.computed_tokens = end
+        if row.is_pooled:
+            error = None if failure is None else RowError("InjectedFailure", failure)
+            state = row.states[-1]
+            return RowResult(r.sequence_id, pooled=Pooled((len(state),), state) if r.sample and error is None else None, error=error)
         if r.sample:  # also when the row fails: steps in flight go on with what is there, nobody will read their results
             row.tokens.append(self._model.next_token(row.states[-1]))
         if failure is not None:

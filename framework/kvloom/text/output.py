@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ def request_output(live: LiveRequest, tokenizer: Tokenizer | None, error: Kvloom
         Exception: whatever the tokenizer raises; only this request is affected.
     """
     first = live.sequences[0].request
-    sampling = first.spec.sampling
+    sampling = first.spec.generation
     named = tokenizer.token_text if tokenizer is not None and sampling.detokenize else _no_text
     metrics = RequestMetrics.of([s.request.metrics for s in live.sequences])
     if first.group is None:
@@ -53,6 +54,14 @@ def request_output(live: LiveRequest, tokenizer: Tokenizer | None, error: Kvloom
     )
 
 
+def request_refusal(live: LiveRequest, error: KvloomError) -> RequestOutput:
+    """The output of a request that has none."""
+    now_s = time.monotonic()
+    metrics = RequestMetrics(now_s, finished_time=now_s)
+    token_ids = list(live.sequences[0].request.spec.prompt_token_ids) if live.sequences else []
+    return RequestOutput(live.request_id, live.prompt, token_ids, None, [], True, metrics, error=error)
+
+
 def _completion(sequence: LiveSequence, tokenizer: Tokenizer | None, named: TokenText) -> CompletionOutput:
     request = sequence.request
     text = output_text(request, tokenizer) if sequence.text is None else sequence.text.text
@@ -75,7 +84,7 @@ def _results(root: Request, group: BranchGroup, tokenizer: Tokenizer | None, nam
     prompt = root.spec.prompt_token_ids
     return [CompletionOutput(
         index=index,
-        text="" if tokenizer is None else _decoded(tokenizer, prompt, ended.token_ids, root.spec.sampling),
+        text="" if tokenizer is None else _decoded(tokenizer, prompt, ended.token_ids, root.spec.generation),
         token_ids=list(ended.token_ids),
         cumulative_logprob=ended.cumulative_logprob,
         logprobs=[_by_id(candidates, named) for candidates in ended.logprobs],
@@ -101,7 +110,7 @@ def _no_text(token_id: int) -> str | None:
 
 def output_text(request: Request, tokenizer: Tokenizer | None) -> str:
     """The output's text without its stop token, unless asked for; empty where no text is wanted."""
-    sampling = request.spec.sampling
+    sampling = request.spec.generation
     if tokenizer is None or not sampling.detokenize:
         return ""
     token_ids = request.output_token_ids
