@@ -51,8 +51,15 @@ class Encoder(nn.Module, Model):
         self.head: LabelHead | None = None
         if self.head_class is not None:
             self.head = self.head_class(config, build)
-            self.tasks = ("score", "classify") if config.num_labels == 1 else ("classify",)
+        self.tasks = self.tasks_of(config)
         self._num_layers = config.num_hidden_layers
+
+    @classmethod
+    def tasks_of(cls, config: EncoderConfig) -> tuple[str, ...]:
+        """See `Model.tasks_of`: with one label it is a cross-encoder."""
+        if cls.head_class is None:
+            return cls.tasks
+        return ("score", "classify") if config.num_labels == 1 else ("classify",)
 
     @abstractmethod
     def embed(self, inputs: ModelInputs, ctx: ForwardContext) -> Tensor:

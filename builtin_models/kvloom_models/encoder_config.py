@@ -7,10 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from kvloom.interfaces.model_config import ModelConfig, RopeParameters
-from kvloom_models.config import FULL, SLIDING
-
-DEFAULT_LABELS = 2
-"""What transformers assumes where config.json names no labels."""
+from kvloom_models.config import DEFAULT_LABELS, FULL, SLIDING
 
 
 class EncoderConfig(ModelConfig):

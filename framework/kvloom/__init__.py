@@ -9,21 +9,41 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvloom.config.pooler import PoolerConfig
     from kvloom.hooks.markers import hookimpl
     from kvloom.llm import LLM
     from kvloom.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from kvloom.params import PoolingParams, RequestOutputKind, SamplingParams
+    from kvloom.pooling_outputs import (
+        ClassificationOutput,
+        ClassificationRequestOutput,
+        EmbeddingOutput,
+        EmbeddingRequestOutput,
+        PoolingOutput,
+        PoolingRequestOutput,
+        ScoringOutput,
+        ScoringRequestOutput,
+    )
     from kvloom.prompts import TextPrompt, TokensPrompt
 
 __all__ = [
     "LLM",
+    "ClassificationOutput",
+    "ClassificationRequestOutput",
     "CompletionOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
     "Logprob",
+    "PoolerConfig",
+    "PoolingOutput",
     "PoolingParams",
+    "PoolingRequestOutput",
     "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "ScoringOutput",
+    "ScoringRequestOutput",
     "TextPrompt",
     "TokensPrompt",
     "__version__",
@@ -33,6 +53,15 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOME = {
+    "PoolerConfig": "kvloom.config.pooler",
+    "ClassificationOutput": "kvloom.pooling_outputs",
+    "ClassificationRequestOutput": "kvloom.pooling_outputs",
+    "EmbeddingOutput": "kvloom.pooling_outputs",
+    "EmbeddingRequestOutput": "kvloom.pooling_outputs",
+    "PoolingOutput": "kvloom.pooling_outputs",
+    "PoolingRequestOutput": "kvloom.pooling_outputs",
+    "ScoringOutput": "kvloom.pooling_outputs",
+    "ScoringRequestOutput": "kvloom.pooling_outputs",
     "LLM": "kvloom.llm",
     "CompletionOutput": "kvloom.outputs",
     "Logprob": "kvloom.outputs",

@@ -10,15 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, ParamSpec, Self, TypeVar
 
+from kvloom.calls import iterate, run
 from kvloom.config import EngineConfig
-from kvloom.errors import EngineClosedError, RequestValidationError, UnsupportedFeatureError
-from kvloom.live_request import Call
+from kvloom.errors import EngineClosedError
 from kvloom.outputs import RequestOutput
 from kvloom.param_checks import check_int
 from kvloom.params import SamplingParams
-from kvloom.progress import Progress
-from kvloom.prompts import LazyPrompt, legacy_prompts, split_prompts
-from kvloom.request_arguments import OnError, check_on_error, one_each, pair_up, priorities_each
+from kvloom.pooling_calls import NOT_GIVEN, PoolingCalls, prompts_of
+from kvloom.prompts import LazyPrompt
+from kvloom.request_arguments import OnError, check_on_error, one_each, pair_up, priorities_each, refuse_later
 from kvloom.running import RunningEngine
 from kvloom.start_report import PhaseTimer
 from kvloom.startup import start_engine
@@ -26,7 +26,6 @@ from kvloom.text.chat import ChatOptions, ContentFormat, RenderedChat, split_con
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_NOT_GIVEN: Any = object()
 
 
 def _warn_positional(init: Callable[P, None]) -> Callable[P, None]:
@@ -41,7 +40,7 @@ def _warn_positional(init: Callable[P, None]) -> Callable[P, None]:
     return wrapper
 
 
-class LLM:
+class LLM(PoolingCalls):
     """A model, its tokenizer and its KV cache, ready to generate. Parameter names and meanings are vLLM's; docs/api.md lists
     each with its state. Every keyword of docs/api.md is taken, unknown ones are a TypeError.
 
@@ -114,7 +113,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Any = _NOT_GIVEN,
+        prompts: Any = NOT_GIVEN,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         prompt_token_ids: Any = None,
         use_tqdm: bool | Callable[..., Any] = True,
@@ -141,13 +140,14 @@ class LLM:
             RequestValidationError, RequestTypeError: a bad prompt or parameter; nothing was computed.
             RequestFailedError: a request failed while it ran.
         """
-        _refuse_later(lora_request=lora_request, prompt_adapter_request=prompt_adapter_request,
-                      guided_options_request=guided_options_request)
-        items = self._prompts(prompts, prompt_token_ids)
+        self.llm_engine.rules.check_generates()
+        refuse_later(lora_request=lora_request, prompt_adapter_request=prompt_adapter_request,
+                     guided_options_request=guided_options_request)
+        items = prompts_of(prompts, prompt_token_ids, warn=self.DEPRECATE_LEGACY)
         check_on_error(on_error)
         engine = self.llm_engine
         params = one_each(len(items), sampling_params, engine.defaults)
-        return self._run(engine, items, params, priorities_each(len(items), priority), use_tqdm, on_error)
+        return run(engine, items, params, priorities_each(len(items), priority), use_tqdm, on_error)
 
     def generate_iter(
         self,
@@ -173,11 +173,12 @@ class LLM:
             RequestValidationError, RequestTypeError: as in `generate`; bad prompts raise when they are read.
         """
         check_on_error(on_error)
+        self.llm_engine.rules.check_generates()
         (checked_priority,) = priorities_each(1, priority)
         engine = self.llm_engine
         bound = 2 * engine.config.scheduler.max_num_seqs if max_in_flight is None else check_int("max_in_flight", max_in_flight, 1)
         pairs = pair_up(prompts, sampling_params, engine.defaults)
-        return self._iterate(engine, pairs, bound, checked_priority, on_error)
+        return iterate(engine, pairs, bound, checked_priority, on_error)
 
     def chat(
         self,
@@ -214,7 +215,8 @@ class LLM:
             RequestValidationError, RequestTypeError: no template, one that refuses the messages or takes too long, or bad messages.
             RequestFailedError: a request failed while it ran.
         """
-        _refuse_later(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        self.llm_engine.rules.check_generates()
+        refuse_later(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
         check_on_error(on_error)
         engine = self.llm_engine
         options = ChatOptions(chat_template, chat_template_content_format, add_generation_prompt, continue_final_message, tools,
@@ -224,7 +226,7 @@ class LLM:
             return [engine.chat.render(c, options) for c in conversations]
         params = one_each(len(conversations), sampling_params, engine.defaults)
         items = [LazyPrompt(functools.partial(engine.chat.prompt, c, options)) for c in conversations]
-        return self._run(engine, items, params, priorities_each(len(items), priority), use_tqdm, on_error)
+        return run(engine, items, params, priorities_each(len(items), priority), use_tqdm, on_error)
 
     @classmethod
     @contextmanager
@@ -236,17 +238,6 @@ class LLM:
             yield
         finally:
             cls.DEPRECATE_LEGACY = before
-
-    def _prompts(self, prompts: Any, prompt_token_ids: Any) -> list[Any]:
-        """One item a prompt, from today's or yesterday's arguments."""
-        if prompt_token_ids is None:
-            if prompts is _NOT_GIVEN:
-                raise RequestValidationError("Either prompts or prompt_token_ids must be provided.", "prompts")
-            return split_prompts(prompts)
-        if self.DEPRECATE_LEGACY:
-            warnings.warn("prompt_token_ids is deprecated: give [{'prompt_token_ids': [...]}, ...] as prompts", DeprecationWarning,
-                          stacklevel=3)
-        return legacy_prompts(None if prompts is _NOT_GIVEN else prompts, prompt_token_ids)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What ``sampling_params=None`` means: what generation_config.json says, on top of ``SamplingParams()``. A new object."""
@@ -286,62 +277,9 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run(self, engine: RunningEngine, items: Sequence[Any], params: Sequence[SamplingParams], priorities: Sequence[int],
-             use_tqdm: bool | Callable[..., Any], on_error: OnError) -> list[RequestOutput]:
-        """Submit, and step until the requests are done; on any exception forget them all."""
-        call = Call()
-        outputs: dict[int, RequestOutput] = {}
-        try:
-            engine.submit(call, items, params, priorities, return_errors=on_error == "return")
-            with Progress(len(items), use_tqdm) as progress:
-                while True:
-                    for place, output in call.take():
-                        outputs[place] = _unless_failed(output, on_error)
-                        progress.finished(output)
-                    if not call.num_unfinished:
-                        break
-                    engine.step()
-        finally:
-            engine.abort(call)
-        return [outputs[place] for place in range(len(items))]
-
-    def _iterate(self, engine: RunningEngine, pairs: Iterator[tuple[Any, SamplingParams]], bound: int, priority: int,
-                 on_error: OnError) -> Iterator[RequestOutput]:
-        call, place, exhausted = Call(), 0, False
-        try:
-            while True:
-                for _, output in call.take():  # before more is read: what is read may raise
-                    yield _unless_failed(output, on_error)
-                while not exhausted and call.num_open < bound:
-                    pair = next(pairs, None)
-                    if pair is None:
-                        exhausted = True
-                    else:
-                        engine.submit(call, [pair[0]], [pair[1]], [priority], return_errors=on_error == "return", first_place=place)
-                        place += 1
-                if call.num_unfinished:
-                    engine.step()
-                elif exhausted and not call.num_open:
-                    return
-        finally:
-            engine.abort(call)
-
 
 def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those constructor arguments that are not the defaults, so that `kvloom config show` and the log speak of what was given."""
     parameters = inspect.signature(LLM.__init__).parameters
     return {name: value for name, value in arguments.items()
             if name in parameters and name not in ("self", "kwargs") and value is not parameters[name].default}
-
-
-def _unless_failed(output: RequestOutput, on_error: OnError) -> RequestOutput:
-    if output.error is not None and on_error == "raise":
-        raise output.error
-    return output
-
-
-def _refuse_later(**arguments: Any) -> None:
-    """Raises `UnsupportedFeatureError` for the first that was given."""
-    for name, value in arguments.items():
-        if value is not None:
-            raise UnsupportedFeatureError(name, value, "leave it out")

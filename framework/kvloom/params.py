@@ -24,6 +24,7 @@ from kvloom.param_checks import (
     check_number,
     check_texts,
 )
+from kvloom.pooling_params import PoolingParams
 
 MAX_SEQUENCES_PER_REQUEST = 16384
 """Bound of n and best_of."""
@@ -270,14 +271,6 @@ def _as_id(key: object) -> object:
 def field_names() -> list[str]:
     """Every field of `SamplingParams`, in order."""
     return [f.name for f in fields(SamplingParams)]
-
-
-@dataclass
-class PoolingParams:
-    """How to pool. Pooling tasks are not built yet: the class is here because a `Step` carries it."""
-
-    task: str = "embed"
-    dimensions: int | None = None
 
 
 __all__ = ["PoolingParams", "RequestOutputKind", "SamplingParams", "field_names"]

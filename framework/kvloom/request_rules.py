@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from kvloom.core import RequestSpec, check_prompt_length, root_digest
-from kvloom.errors import RequestFailedError, RequestValidationError
+from kvloom.errors import RequestFailedError, RequestValidationError, UnsupportedFeatureError
 from kvloom.interfaces import SequenceView, Tokenizer
-from kvloom.params import SamplingParams
+from kvloom.params import PoolingParams, SamplingParams
+from kvloom.pooling_rules import PoolingRules
 from kvloom.prompts import ParsedPrompt, check_extras, check_token_ids
 
 if TYPE_CHECKING:
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 
 LONGEST_TOKEN_CHARACTERS = 128
 """Texts of more characters a token than this are refused without being encoded: the longest tokens are runs of 128 spaces."""
+
+
+CUT_TEXT_FACTOR = 16
+"""How much longer a text may be whose end the tokenizer cuts off: it encodes all of it first."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,7 @@ class RequestRules:
         tokenizer: None with ``skip_tokenizer_init``.
         pipeline: the logits processors.
         extra_inputs: see `Model.extra_inputs`.
+        pooling: of an engine that pools; None: it generates.
     """
 
     seed: int
@@ -65,6 +72,23 @@ class RequestRules:
     tokenizer: Tokenizer | None
     pipeline: LogitsPipeline
     extra_inputs: Mapping[str, int] = field(default_factory=dict)
+    pooling: PoolingRules | None = None
+
+    def check_generates(self) -> None:
+        """Raises `RequestValidationError` in an engine that pools."""
+        if self.pooling is not None:
+            raise RequestValidationError(
+                "LLM.generate() is only supported for (conditional) generation models: this engine runs with "
+                f"task={self.pooling.task!r}. Make an LLM with task='generate', or call embed, classify, score or encode", "task",
+                self.pooling.task)
+
+    def need_pooling(self, method: str) -> PoolingRules:
+        """Raises `RequestValidationError` in an engine that generates."""
+        if self.pooling is None:
+            raise RequestValidationError(f"LLM.{method}() is only supported for pooling models: this engine runs with task='generate'. "
+                                         "Make an LLM with task='embed' (or classify, score, reward), or call generate", "task",
+                                         "generate")
+        return self.pooling
 
     def need_tokenizer(self, what: str, parameter: str = "prompt") -> Tokenizer:
         """The tokenizer. Raises `RequestValidationError` that says what needs it."""
@@ -73,7 +97,7 @@ class RequestRules:
                                          "give prompt_token_ids", parameter, what)
         return self.tokenizer
 
-    def specs(self, prompt: ParsedPrompt, params: SamplingParams, number: int, priority: int) -> list[RequestSpec]:
+    def specs(self, prompt: ParsedPrompt, params: SamplingParams | PoolingParams, number: int, priority: int) -> list[RequestSpec]:
         """One sequence a completion; the first is the leader, whose id the others still need.
 
         Args:
@@ -84,13 +108,15 @@ class RequestRules:
             RequestValidationError: they cannot be served.
             RequestFailedError: a tokenizer or a logits processor raised something else.
         """
+        if isinstance(params, PoolingParams):
+            return [self._pooled(prompt, params, number, priority)]
+        self.check_generates()
         sampling = params.with_vocabulary(self.vocab_size, self.max_logprobs)
         if sampling.stop_strings:
             self.need_tokenizer("stop strings", "stop")
         token_ids = tuple(self._encode(prompt, sampling.truncate_prompt_tokens))
         check_prompt_length(len(token_ids), self.max_model_len)
-        check_extras(prompt.extras, self.extra_inputs)
-        extras = {name: values[-len(token_ids):] for name, values in prompt.extras.items()}
+        extras = self._extras(prompt, len(token_ids))
         seed = self._derived_seed(number) if sampling.seed is None else sampling.seed % 2**64
         asked = self.pipeline.ask(sampling, self.tokenizer)
         reads = sampling.prompt_logprobs is None
@@ -101,6 +127,19 @@ class RequestRules:
             self.pipeline.start(SequenceView(-1, 0, token_ids, sampling, self.vocab_size, specs[0].end_token_ids), asked)
         return specs
 
+    def _pooled(self, prompt: ParsedPrompt, params: PoolingParams, number: int, priority: int) -> RequestSpec:
+        rules = self.need_pooling("encode")
+        pooling = rules.checked(params)
+        token_ids = tuple(self._encode_whole(prompt, pooling.truncate_prompt_tokens))
+        check_prompt_length(len(token_ids), self.max_model_len, output_tokens=False)
+        rules.check_start(pooling, token_ids)
+        return RequestSpec(token_ids, None, priority, cache_root=self._cache_root(prompt, number), pooling=pooling,
+                           read_prefix_cache=rules.reads_prefix_cache(pooling), extras=self._extras(prompt, len(token_ids)))
+
+    def _extras(self, prompt: ParsedPrompt, num_tokens: int) -> dict[str, tuple[int, ...]]:
+        check_extras(prompt.extras, self.extra_inputs)
+        return {name: values[-num_tokens:] for name, values in prompt.extras.items()}
+
     def _derived_seed(self, number: int) -> int:
         return int.from_bytes(blake2b(struct.pack("<QQ", self.seed % 2**64, number), digest_size=8).digest(), "little")
 
@@ -110,13 +149,51 @@ class RequestRules:
         extras = tuple(f"{name} {values}" for name, values in prompt.extras.items())
         return root_digest(self.model_revision, cache_salt=prompt.cache_salt, media=(*alone, *extras))
 
-    def _bounded(self, text: str, keep_tokens: int | None) -> str:
-        """A text of a length that is worth encoding, which takes a second per megabyte: its end, where only that is wanted."""
-        most = self.max_model_len * LONGEST_TOKEN_CHARACTERS
+    def _bounded(self, text: str, keep_tokens: int | None, factor: int = 1) -> str:
+        """A text of a length that is worth encoding, which takes a second per megabyte: its end, where only that is wanted.
+
+        Args:
+            factor: of what is too long.
+        """
+        most = self.max_model_len * LONGEST_TOKEN_CHARACTERS * factor
         if len(text) > most and keep_tokens is None:
             raise RequestValidationError(f"The prompt has {len(text)} characters, which is longer than the maximum model length of "
                                          f"{self.max_model_len} tokens can hold ({most}).", "prompt", len(text))
         return text[-most:]
+
+    def _encode_whole(self, prompt: ParsedPrompt, most_tokens: int | None) -> Sequence[int]:
+        """Ids of a prompt that is pooled: a text that is too long loses its end, or what the tokenizer cuts, not its special tokens."""
+        if most_tokens is None or prompt.token_ids is not None:
+            return self._encode(prompt, self.max_model_len if most_tokens == -1 else most_tokens)
+        most = min(self.max_model_len, self.max_model_len if most_tokens == -1 else most_tokens)
+        tokenizer, text = self.need_tokenizer("text prompts"), self._bounded(prompt.text or "", None, CUT_TEXT_FACTOR)
+        token_ids = self.guarded(lambda: tokenizer.encode_within(text, most))
+        return self._encode(replace(prompt, token_ids=tuple(token_ids)), None) if token_ids else self._encode(prompt, None)
+
+    def encode_pair(self, text: str, pair: str, most_tokens: int | None) -> ParsedPrompt:
+        """Two texts as the prompt of a cross-encoder.
+
+        Raises:
+            RequestValidationError: no tokenizer, or one that cannot cut so far.
+        """
+        tokenizer = self.need_tokenizer("pairs of texts")
+        first, second = (self._bounded(t, None, 1 if most_tokens is None else CUT_TEXT_FACTOR) for t in (text, pair))
+        most = None if most_tokens is None else min(self.max_model_len, self.max_model_len if most_tokens == -1 else most_tokens)
+        found = self.guarded(lambda: tokenizer.encode_pair(first, second, most))
+        extras = {"token_type_ids": tuple(found.token_type_ids)} if found.token_type_ids else {}
+        return ParsedPrompt(None, tuple(found.token_ids), extras={n: v for n, v in extras.items() if n in self.extra_inputs})
+
+    @staticmethod
+    def guarded(encode: Callable[[], T]) -> T:
+        """What a tokenizer gives. Its `ValueError` is a bad request, whatever else it raises a failed one."""
+        try:
+            return encode()
+        except UnsupportedFeatureError:
+            raise
+        except ValueError as error:
+            raise RequestValidationError(f"the tokenizer refuses the text: {error}", "truncate_prompt_tokens") from error
+        except Exception as error:
+            raise RequestFailedError(f"the tokenizer raised {type(error).__name__}: {error}") from error
 
     def _encode(self, prompt: ParsedPrompt, keep_tokens: int | None) -> Sequence[int]:
         token_ids: Sequence[int] | None = prompt.token_ids

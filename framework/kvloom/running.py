@@ -22,15 +22,13 @@ from kvloom.errors import (
 from kvloom.hooks.loader import PluginSet
 from kvloom.hooks.origin import Origin
 from kvloom.interfaces import Executor, Tokenizer
-from kvloom.live_request import Call, LiveRequest, LiveSequence, OnText
+from kvloom.live_request import Call, LiveRequest, LiveSequence, MakeOutput, OnText, Params
 from kvloom.logs import get_logger
-from kvloom.outputs import RequestMetrics, RequestOutput
 from kvloom.params import SamplingParams
 from kvloom.prompts import ParsedPrompt, parse_prompt
 from kvloom.request_rules import RequestRules
 from kvloom.start_report import StartReport
 from kvloom.text.chat import ChatFormatter
-from kvloom.text.output import request_output
 from kvloom.text.sequence_text import SequenceText
 from kvloom.text.templates import TemplateRenderer
 
@@ -109,7 +107,7 @@ class RunningEngine:
 
     # -- requests come
 
-    def submit(self, call: Call, prompts: Sequence[Any], params: Sequence[SamplingParams], priorities: Sequence[int], *,
+    def submit(self, call: Call, prompts: Sequence[Any], params: Sequence[Params], priorities: Sequence[int], *,
                return_errors: bool = False, on_text: OnText | None = None, first_place: int = 0) -> None:
         """Check and queue all prompts, or none.
 
@@ -126,10 +124,10 @@ class RunningEngine:
         with self._alone("submit"):
             ready: list[tuple[LiveRequest, list[RequestSpec]]] = []
             refused: list[tuple[LiveRequest, KvloomError]] = []
-            for i, (prompt, sampling, priority) in enumerate(zip(prompts, params, priorities, strict=True)):
-                live = LiveRequest(str(self._next_number + i), None, first_place + i, call, on_text)
+            for i, (prompt, own, priority) in enumerate(zip(prompts, params, priorities, strict=True)):
+                live = LiveRequest(str(self._next_number + i), None, first_place + i, call, MakeOutput.of(own), on_text)
                 try:
-                    ready.append((live, self._read_prompt(live, prompt, sampling, self._next_number + i, priority)))
+                    ready.append((live, self._read_prompt(live, prompt, own, self._next_number + i, priority)))
                 except REFUSALS as error:
                     if not return_errors:
                         raise
@@ -137,9 +135,9 @@ class RunningEngine:
             refused += self._queue(ready, return_errors=return_errors)
             self._next_number += len(prompts)
         for live, reason in refused:
-            call.deliver(live.place, _refusal(live, reason))
+            call.deliver(live.place, live.output.refused(live, reason))
 
-    def _read_prompt(self, live: LiveRequest, prompt: Any, params: SamplingParams, number: int, priority: int) -> list[RequestSpec]:
+    def _read_prompt(self, live: LiveRequest, prompt: Any, params: Params, number: int, priority: int) -> list[RequestSpec]:
         """A request's sequences, with their texts. Whatever goes wrong here is this request's failure, as a `RequestError`."""
         try:
             parsed = parse_prompt(prompt)
@@ -153,7 +151,7 @@ class RunningEngine:
             raise _failure(live, "cannot be read", error) from error
         return specs
 
-    def _checked(self, prompt: ParsedPrompt, params: SamplingParams, number: int, priority: int) -> list[RequestSpec]:
+    def _checked(self, prompt: ParsedPrompt, params: Params, number: int, priority: int) -> list[RequestSpec]:
         specs = self.rules.specs(prompt, params, number, priority)
         arrival_s = time.monotonic()
         return [replace(s, arrival_s=arrival_s) for s in specs]
@@ -187,9 +185,10 @@ class RunningEngine:
 
     def _text(self, spec: RequestSpec, live: LiveRequest) -> SequenceText | None:
         """Followed token by token where stop strings may end it or somebody reads along."""
-        if self.tokenizer is None or not spec.sampling.detokenize or not (spec.sampling.stop_strings or live.on_text):
+        sampling = spec.sampling
+        if self.tokenizer is None or sampling is None or not sampling.detokenize or not (sampling.stop_strings or live.on_text):
             return None
-        return SequenceText(self.tokenizer, spec.prompt_token_ids, spec.sampling)
+        return SequenceText(self.tokenizer, spec.prompt_token_ids, sampling)
 
     # -- requests go
 
@@ -239,9 +238,9 @@ class RunningEngine:
 
     def _deliver(self, live: LiveRequest, error: KvloomError | None) -> None:
         try:
-            output = request_output(live, self.tokenizer, error)
+            output = live.output.ended(live, self.tokenizer, error)
         except Exception as raised:  # noqa: BLE001  (see `_look_at`)
-            output = _refusal(live, error or _failure(live, "cannot be decoded", raised))
+            output = live.output.refused(live, error or _failure(live, "cannot be decoded", raised))
         self._forget(live)
         live.call.deliver(live.place, output)
         self._observe("kvloom_request_finished", output)
@@ -285,11 +284,3 @@ def _failure(live: LiveRequest, what: str, error: Exception) -> RequestFailedErr
     failure = RequestFailedError(f"request {live.request_id} {what}: {type(error).__name__}: {error}")
     failure.__cause__ = error
     return failure
-
-
-def _refusal(live: LiveRequest, error: KvloomError) -> RequestOutput:
-    """The output of a request that has none."""
-    now_s = time.monotonic()
-    metrics = RequestMetrics(now_s, finished_time=now_s)
-    token_ids = list(live.sequences[0].request.spec.prompt_token_ids) if live.sequences else []
-    return RequestOutput(live.request_id, live.prompt, token_ids, None, [], True, metrics, error=error)

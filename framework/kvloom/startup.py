@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from kvloom.config import EngineConfig
+from kvloom.config.pooling import PoolingPlan
 from kvloom.core import Engine, Scheduler
-from kvloom.errors import ConfigError, ManifestMismatchError, NotRegisteredError
+from kvloom.errors import ConfigError, ManifestMismatchError, NotRegisteredError, RequestValidationError
 from kvloom.hooks.loader import PluginSet, load_plugins
 from kvloom.interfaces import Executor, Worker
 from kvloom.logs import get_logger
+from kvloom.pooling_rules import PoolingRules
 from kvloom.request_rules import EndTokens, RequestRules
 from kvloom.running import RunningEngine
 from kvloom.start_report import PhaseTimer, StartReport
@@ -66,8 +68,9 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
             rules = RequestRules(
                 config.model.seed, str(source.directory), source.config.vocab_size, source.max_model_len, config.features.max_logprobs,
                 limits.cached, EndTokens.of(source.end_token_ids, tokenizer), tokenizer,
-                logits.LogitsPipeline(logits.make_processors(plugins.registries["logits_processors"])), executor.call(_extra_inputs)[0])
-        notes = (f"dtype: {dtype_name(source.dtype)}", f"threads: {_threads()}", *report.notes, *plugins.notes)
+                logits.LogitsPipeline(logits.make_processors(plugins.registries["logits_processors"])), executor.call(_extra_inputs)[0],
+                _pooling_rules(plugins, source.pooling, executor))
+        notes = (f"task: {source.task}", f"dtype: {dtype_name(source.dtype)}", f"threads: {_threads()}", *report.notes, *plugins.notes)
         start = StartReport(tuple(timer.phases), timer.elapsed_s, plan.num_blocks, plan.capacity_tokens, notes)
         running = RunningEngine(config, engine, executor, plugins, rules, source.defaults, plan, start)
     except BaseException:
@@ -84,6 +87,20 @@ def _chunkable(worker: Any) -> bool:
 
 def _extra_inputs(worker: Any) -> dict[str, int]:
     return dict(worker.model.extra_inputs)
+
+
+def _pooling_rules(plugins: PluginSet, plan: PoolingPlan | None, executor: Executor) -> PoolingRules | None:
+    from kvloom.runtime.worker import make_poolers, model_pooling
+
+    if plan is None:
+        return None
+    rules = PoolingRules(make_poolers(plugins, plan, executor.call(model_pooling)[0]))
+    if plan.config.returned_token_ids is not None:
+        try:
+            rules.check_columns(plan.config.returned_token_ids)
+        except RequestValidationError as error:
+            raise ConfigError(f"override_pooler_config: {error}") from error
+    return rules
 
 
 def _threads() -> int:

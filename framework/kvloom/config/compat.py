@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from kvloom.config.section import NoEffect, Unsupported
+from kvloom.errors import ConfigError, UnsupportedFeatureError
 
 RENAMED: Mapping[str, str] = MappingProxyType({
     "pooler_config": "override_pooler_config",
@@ -15,6 +16,34 @@ RENAMED: Mapping[str, str] = MappingProxyType({
     "max_seq_len": "max_model_len",
 })
 """Name in another version -> ours; taken with a warning that names ours."""
+
+
+TASK_ARGS: Mapping[str, Mapping[str, str | None]] = MappingProxyType({
+    "runner": {"auto": None, "generate": "generate", "pooling": "pooling"},
+    "convert": {"auto": None, "none": None, "embed": "embed", "classify": "classify", "reward": "reward"},
+})
+"""Names of newer versions that say with two parameters what `task` says with one; value -> task. ``convert`` says more precisely
+what ``runner="pooling"`` says."""
+
+
+def task_of(values: Mapping[str, Any]) -> str | None:
+    """The task that `TASK_ARGS` among `values` mean; None where they leave it open.
+
+    Raises:
+        UnsupportedFeatureError: another value.
+        ConfigError: they contradict each other, or come beside ``task``.
+    """
+    given = {name: values[name] for name in TASK_ARGS if values.get(name) is not None}
+    for name, value in given.items():
+        if not isinstance(value, str) or value not in TASK_ARGS[name]:
+            raise UnsupportedFeatureError(name, value, f"use one of {', '.join(TASK_ARGS[name])}, or task=")
+    runner, convert = (TASK_ARGS[name][given.get(name, "auto")] for name in ("runner", "convert"))
+    if (runner or convert) and values.get("task", "auto") != "auto":
+        newer = " and ".join(f"{n}={v!r}" for n, v in given.items())
+        raise ConfigError(f"task={values['task']!r} and {newer} mean the same; give task")
+    if runner == "generate" and convert is not None:
+        raise ConfigError(f"runner='generate' contradicts convert={given['convert']!r}; give one of them, or task=")
+    return convert or runner
 
 
 class OtherArg(NamedTuple):
@@ -56,8 +85,6 @@ OTHER_ARGS: Mapping[str, OtherArg] = MappingProxyType({
     "additional_config": _later("use plugin_config"),
     "logits_processor_pattern": _idle(_SERVER),
     "logits_processors": _later("register a plugin"),
-    "runner": _later("leave it at 'auto'", "auto"),
-    "convert": _later("leave it at 'auto'", "auto"),
     # KV cache
     "prefix_caching_hash_algo": OtherArg("builtin", Unsupported("the hash is always SHA-256", ("sha256",))),
     "calculate_kv_scales": _later("leave it out"),

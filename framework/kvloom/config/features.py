@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from kvloom.config.pooler import PoolerConfig
 from kvloom.config.section import NoEffect, Section, Unsupported
 
 
@@ -19,11 +20,16 @@ class FeatureSection(Section):
                                    Unsupported("text only so far")] = None
     mm_processor_kwargs: Annotated[dict[str, Any] | None, Field(description="for media processors"),
                                    Unsupported("text only so far")] = None
-    override_pooler_config: Annotated[Any, Field(description="how hidden states are pooled"),
-                                      Unsupported("only generation works")] = None
+    override_pooler_config: Annotated[PoolerConfig | None, Field(description="how hidden states are pooled, a PoolerConfig or a "
+                                                                 "dict of its fields; wins over the checkpoint's modules.json")] = None
     speculative_config: Annotated[dict[str, Any] | None, Field(description="draft tokens"), Unsupported("leave it out")] = None
     guided_decoding_backend: Annotated[str, Field(description="library for structured output"),
                                        Unsupported("leave it at 'auto'")] = "auto"
     max_logprobs: Annotated[int, Field(ge=-1, description="most candidates that a request may want with each token; -1: no bound")] = 20
     disable_log_stats: Annotated[bool, Field(description="leave metrics out"),
                                  NoEffect("RequestOutput.metrics is always set: it costs a few clock reads")] = True
+
+    @field_validator("override_pooler_config", mode="before")
+    @classmethod
+    def _from_fields(cls, value: Any) -> Any:
+        return PoolerConfig(**value) if isinstance(value, dict) and all(isinstance(k, str) for k in value) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -37,8 +38,11 @@ class ModelSection(Section):
     generation_config: Annotated[str, Field(min_length=1, description="where sampling defaults and end tokens come from: auto (the "
                                             "checkpoint's generation_config.json), vllm (no file), or a folder")] = "auto"
     override_generation_config: Annotated[dict[str, Any] | None, Field(description="keys of generation_config.json, on top")] = None
-    task: Annotated[Literal["auto", "generate", "embed", "classify", "score", "reward", "transcription"],
-                    Field(description="what the model is used for"), Unsupported("only generation works", ("generate",))] = "auto"
+    task: Annotated[Literal["auto", "generate", "embed", "classify", "score", "reward", "transcription", "pooling"],
+                    Field(description="what the model is used for; auto: what its architecture and files say; pooling: the same, but "
+                          "not generate; embedding is an old name of embed"),
+                    Unsupported("text models generate, embed, classify, score or reward",
+                                ("generate", "embed", "classify", "score", "reward", "pooling"))] = "auto"
 
     @field_validator("dtype", mode="before")
     @classmethod
@@ -54,6 +58,14 @@ class ModelSection(Section):
     @classmethod
     def _none_is_zero(cls, value: Any) -> Any:
         return 0 if value is None else value
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _old_name(cls, value: Any) -> Any:
+        if value != "embedding":
+            return value
+        warnings.warn("task='embedding' is deprecated: use task='embed'", DeprecationWarning, stacklevel=2)
+        return "embed"
 
     @field_validator("tokenizer_mode", mode="before")
     @classmethod

@@ -18,9 +18,9 @@ from typing import Any
 from kvloom.core.kv_blocks import BlockTable
 from kvloom.core.stop import Finish, StopRule
 from kvloom.errors import InternalError, RequestFailedError
-from kvloom.interfaces.step import BlockIds, NewSequence, RowResult, TokenLogprob, TokenRange
+from kvloom.interfaces.step import BlockIds, NewSequence, Pooled, RowResult, TokenLogprob, TokenRange
 from kvloom.outputs import RequestMetrics
-from kvloom.params import SamplingParams
+from kvloom.params import PoolingParams, SamplingParams
 
 
 class RequestState(Enum):
@@ -36,11 +36,11 @@ class RequestState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class RequestSpec:
-    """What a caller wants computed: one sequence (n siblings are n of these).
+    """What a caller wants computed: one sequence (n siblings are n of these), to be continued or to be pooled.
 
     Args:
         prompt_token_ids: checked against the vocabulary by the caller; not empty.
-        sampling: the engine's own copy: nobody may change it afterwards.
+        sampling: the engine's own copy: nobody may change it afterwards; None for a sequence that is pooled.
         priority: lower is served earlier by the priority policy.
         eos_token_id: end-of-text token; ends the output without a stop reason.
         extra_eos_token_ids: further end tokens (generation_config); the token is the stop reason.
@@ -50,11 +50,12 @@ class RequestSpec:
         read_prefix_cache: False computes every prompt token (its blocks still serve others).
         leader: sequence id of the sibling whose prompt it shares: it waits until that one's is computed. None: it is the leader.
         processors, adapter, media, extras: as `NewSequence` says.
+        pooling: like `sampling`, of a sequence that ends when its prompt is computed.
         arrival_s: ``time.monotonic()`` of the arrival; None means now.
     """
 
     prompt_token_ids: tuple[int, ...]
-    sampling: SamplingParams
+    sampling: SamplingParams | None
     priority: int = 0
     eos_token_id: int | None = None
     extra_eos_token_ids: frozenset[int] = frozenset()
@@ -68,11 +69,19 @@ class RequestSpec:
     media: tuple[tuple[str, int], ...] = ()
     extras: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     arrival_s: float | None = None
+    pooling: PoolingParams | None = None
+
+    @property
+    def generation(self) -> SamplingParams:
+        """`sampling` of a sequence that is continued. Raises `InternalError` for one that is pooled."""
+        if self.sampling is None:
+            raise InternalError("a pooling request was taken for one that generates")
+        return self.sampling
 
     @property
     def shares_prompt(self) -> bool:
         """Whether siblings look for its prompt's blocks, also where nothing is kept for other requests."""
-        return self.sampling.num_sequences > 1
+        return self.sampling is not None and self.sampling.num_sequences > 1
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
@@ -94,6 +103,7 @@ class Request:
         in_flight, in_flight_samples: steps not committed yet that contain it, and how many of them sample a token.
         logprobs: candidates of each output token, empty unless asked for.
         prompt_logprobs: the same for prompt tokens; the first has none.
+        pooled: what a pooling request asked for.
         table: its blocks.
         digests: prefix-cache digests of its full blocks, as far as they were needed.
         order: its place in the scheduler, smaller is served earlier.
@@ -104,7 +114,8 @@ class Request:
 
     __slots__ = (
         "arrival_s", "computed_tokens", "digests", "error", "finish", "in_flight", "in_flight_samples", "logprobs", "lost_tokens",
-        "metrics", "order", "priority", "prompt_logprobs", "prompt_tokens", "scheduled_tokens", "sequence_id", "spec", "state",
+        "metrics", "order", "pooled", "priority", "prompt_logprobs",
+        "prompt_tokens", "scheduled_tokens", "sequence_id", "spec", "state",
         "stop", "table", "token_ids",
     )
 
@@ -119,6 +130,7 @@ class Request:
         self.token_ids = list(spec.prompt_token_ids)
         self.logprobs: list[tuple[TokenLogprob, ...]] = []
         self.prompt_logprobs: list[tuple[TokenLogprob, ...]] = []
+        self.pooled: Pooled | None = None
         self.digests: list[bytes] = []
         self.state = RequestState.WAITING
         self.order: tuple[float, ...] = ()
@@ -171,6 +183,9 @@ class Request:
         self.computed_tokens = done.start + done.num_tokens
         if row.prompt_logprobs:  # those of tokens that are computed again after a preemption come again
             self.prompt_logprobs[done.start:] = row.prompt_logprobs
+        if row.pooled is not None:
+            self.pooled = row.pooled
+            return Finish("stop")
         if not row.token_ids:
             return None
         metrics = self.metrics
@@ -210,7 +225,7 @@ class Request:
         spec = self.spec
         return NewSequence(
             self.sequence_id, tuple(self.token_ids), self.prompt_tokens, self.computed_tokens, self.table.ids(), spec.sampling,
-            seed=spec.seed, sample_index=spec.sample_index, adapter=spec.adapter, media=spec.media, extras=dict(spec.extras),
+            spec.pooling, spec.seed, sample_index=spec.sample_index, adapter=spec.adapter, media=spec.media, extras=dict(spec.extras),
             end_token_ids=spec.end_token_ids, processors=spec.processors,
         )
 

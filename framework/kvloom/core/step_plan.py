@@ -55,6 +55,6 @@ def check_result(step: Step, result: StepResult) -> None:
     for r, row in zip(step.ranges, result.rows, strict=True):
         if row.sequence_id != r.sequence_id:
             raise InternalError(f"step {step.step_id}: a range of sequence {r.sequence_id} got a row of {row.sequence_id}")
-        if len(row.token_ids) != r.sample and row.error is None:
-            raise InternalError(f"step {step.step_id}, sequence {r.sequence_id}: {len(row.token_ids)} tokens for a range "
-                                f"with sample={r.sample}")
+        if len(row.token_ids) + (row.pooled is not None) != r.sample and row.error is None:
+            raise InternalError(f"step {step.step_id}, sequence {r.sequence_id}: {len(row.token_ids)} tokens"
+                                f"{'' if row.pooled is None else ' and a pooled result'} for a range with sample={r.sample}")

@@ -17,6 +17,7 @@ from kvloom.interfaces.step import (
     BlockMove,
     EncoderWork,
     NewSequence,
+    Pooled,
     RowError,
     RowResult,
     Step,
@@ -115,15 +116,10 @@ def _read_row(values: tuple[Any, ...]) -> RowResult:
     return row._replace(
         logprobs=_read_logprobs(row.logprobs),
         prompt_logprobs=_read_logprobs(row.prompt_logprobs),
-        pooled=_lists(row.pooled),
+        pooled=row.pooled and Pooled(*row.pooled),
         error=row.error and RowError(*row.error),  # type: ignore[misc]  # still the plain tuple that travelled
     )
 
 
 def _read_logprobs(positions: Any) -> tuple[tuple[TokenLogprob, ...], ...] | None:
     return None if positions is None else tuple(tuple(map(TokenLogprob._make, candidates)) for candidates in positions)
-
-
-def _lists(value: Any) -> Any:
-    """Pooled data are nested lists."""
-    return [_lists(v) for v in value] if isinstance(value, tuple) else value

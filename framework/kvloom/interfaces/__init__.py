@@ -44,6 +44,7 @@ from kvloom.interfaces.step import (
     BlockMove,
     EncoderWork,
     NewSequence,
+    Pooled,
     RowError,
     RowResult,
     Step,
@@ -51,7 +52,7 @@ from kvloom.interfaces.step import (
     TokenLogprob,
     TokenRange,
 )
-from kvloom.interfaces.tokenizer import Tokenizer
+from kvloom.interfaces.tokenizer import EncodedPair, Tokenizer
 from kvloom.interfaces.worker import Worker, WorkerFactory, WorkerReport
 
 __all__ = [
@@ -74,6 +75,7 @@ __all__ = [
     "Decision",
     "Decoder",
     "EmbeddingMethod",
+    "EncodedPair",
     "EncoderWork",
     "EngineHandle",
     "EngineInfo",
@@ -103,6 +105,7 @@ __all__ = [
     "ModuleTarget",
     "NewSequence",
     "ParamSpec",
+    "Pooled",
     "Pooler",
     "Proposer",
     "QuantMethod",

@@ -92,6 +92,7 @@ class BuildContext:
         cache_dtype: of keys and values.
         block_tokens: tokens in a KV block.
         make_backend: chooses and makes a layer's attention backend, see `BackendFactory`.
+        task: one of `Model.tasks_of`: without "generate" nobody asks for logits, and an output head need not be there.
     """
 
     dtype: torch.dtype
@@ -105,6 +106,7 @@ class BuildContext:
     make_backend: BackendFactory
     pipeline_rank: int = 0
     pipeline_size: int = 1
+    task: str = "generate"
 
 
 class BackendFactory(Protocol):
@@ -156,14 +158,21 @@ class Model(ABC):
     chunkable: bool = True
     """False when a prompt must be computed in one step (bidirectional encoders)."""
     tasks: tuple[str, ...] = ("generate", "embed")
-    """What it can be used for, preferred first: generate, embed, classify, score, reward. An instance may narrow its class's."""
+    """What it can be used for, preferred first: generate, embed, classify, score, reward. See `tasks_of`."""
     pooling: str = "LAST"
-    """How its hidden states are pooled when neither the configuration nor the checkpoint says."""
+    """How its hidden states are pooled when neither the configuration nor the checkpoint says. An instance may set its own."""
+    pooling_options: Mapping[str, Any] = MappingProxyType({})
+    """Fields of `PoolerConfig` that are not the defaults of its task: ``softmax``, ``normalize``, ``step_tag_id``, ..."""
     ignored: tuple[str, ...] = ()
     """Shell patterns (`fnmatch`) of checkpoint tensors known to be unused, e.g. ``*.rotary_emb.inv_freq``; see `tensor_name`."""
 
     @abstractmethod
     def __init__(self, config: Any, build: BuildContext) -> None: ...
+
+    @classmethod
+    def tasks_of(cls, config: Any) -> tuple[str, ...]:
+        """`tasks` of a checkpoint with this config.json: what depends on its number of labels. Nothing is built yet."""
+        return cls.tasks
 
     @abstractmethod
     def forward(self, inputs: ModelInputs, ctx: ForwardContext) -> ModelOutputs:
@@ -174,7 +183,7 @@ class Model(ABC):
         """``hidden [R, H]`` of the rows to sample -> ``[R, V]`` over the whole vocabulary (gathered if it is sharded)."""
 
     def classify(self, pooled: Tensor, ctx: ForwardContext) -> Tensor:
-        """``pooled [R, H]``, or every position's ``hidden [T, H]`` -> ``[R, labels]``: the label head, without an activation.
+        """Pooled rows ``[R, H]``, in the model's dtype -> ``[R, labels]``: the label head, without an activation.
 
         Called only for tasks that need it (classify, score, reward) of a model that lists one of them in `tasks`.
         """

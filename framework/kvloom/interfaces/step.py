@@ -62,7 +62,8 @@ class TokenRange(NamedTuple):
         start: first position to compute; everything before it is in the blocks.
         num_tokens: how many positions; the first ``num_tokens - len(draft_token_ids)`` are tokens of the sequence.
         new_blocks: block ids appended to the sequence's table, by group; ``()`` when there are none.
-        sample: whether the last position's logits are sampled (its successor is not known to anybody).
+        sample: whether the sequence's last known position is computed: its logits are sampled (the successor is not known to
+            anybody), or the sequence is pooled.
         pending: how many of the range's trailing tokens are results of earlier steps that were not committed yet: the
             worker already holds them, the scheduler does not ("row r of step k").
         draft_token_ids: proposed successors that this step verifies (speculation).
@@ -152,6 +153,13 @@ class RowError:
     plugin: str | None = None
 
 
+class Pooled(NamedTuple):
+    """A pooled result: little-endian float32 numbers, row after row. One axis (embedding, scores of labels), or two (a row a token)."""
+
+    shape: tuple[int, ...]
+    data: bytes
+
+
 class RowResult(NamedTuple):
     """What one range of a step produced.
 
@@ -161,7 +169,7 @@ class RowResult(NamedTuple):
         logprobs: per token the candidates asked for, sampled token first; None when not asked.
         prompt_logprobs: the same for the prompt tokens that follow this range's positions: of prompt position
             ``start + 1`` on, as far as the prompt goes.
-        pooled: plain nested lists of floats of a finished pooling task.
+        pooled: of a sequence that is pooled, with its last range.
         error: set when only this row failed.
     """
 
@@ -169,7 +177,7 @@ class RowResult(NamedTuple):
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[tuple[TokenLogprob, ...], ...] | None = None
     prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...] | None = None
-    pooled: Any = None
+    pooled: Pooled | None = None
     error: RowError | None = None
 
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from kvloom.errors import UnsupportedFeatureError
+
+
+class EncodedPair(NamedTuple):
+    """Two texts as one prompt: ids, and which text each belongs to, where the tokenizer's model has such types (else empty)."""
+
+    token_ids: list[int]
+    token_type_ids: list[int]
 
 
 class Tokenizer(ABC):
@@ -34,6 +43,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def bos_token_id(self) -> int | None:
         """Begin of text, None when there is none."""
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """Padding, None, as here, when there is none."""
+        return None
 
     @property
     @abstractmethod
@@ -67,6 +81,18 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
+
+    def encode_within(self, text: str, max_tokens: int) -> list[int]:
+        """`encode` with special tokens, cut to `max_tokens` so that these stay. Raises `ValueError` where they do not fit."""
+        raise UnsupportedFeatureError("truncate_prompt_tokens", max_tokens, f"{type(self).__name__} cannot cut a text")
+
+    def encode_pair(self, text: str, pair: str, max_tokens: int | None = None) -> EncodedPair:
+        """Two texts as one prompt, as a cross-encoder reads them, the longer one cut first where it has more than `max_tokens`.
+
+        Raises:
+            ValueError: the special tokens alone are more.
+        """
+        raise UnsupportedFeatureError("score", type(self).__name__, "this tokenizer cannot encode pairs of texts")
 
     @abstractmethod
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True) -> str:

@@ -17,6 +17,7 @@ from kvloom.interfaces.state import KVGroup
 from kvloom.interfaces.step import NewSequence, Step
 from kvloom.params import SamplingParams
 from kvloom.runtime.logits import NO_PROCESSORS, SequenceProcessors
+from kvloom.runtime.pooling import PoolingState
 
 Array = np.ndarray[Any, Any]
 
@@ -61,13 +62,15 @@ class BatchState:
 
     Args:
         start: makes the logits processors of a sequence that comes.
+        start_pooling: makes the state of one that is to be pooled.
         extra_inputs: see `Model.extra_inputs`; 0 for tokens of sequences that bring none.
     """
 
     def __init__(self, max_num_seqs: int, max_model_len: int, groups: tuple[KVGroup, ...],
                  start: Callable[[NewSequence], SequenceProcessors] = lambda new: NO_PROCESSORS,
-                 extra_inputs: Sequence[str] = ()) -> None:
-        self._groups, self._start = groups, start
+                 extra_inputs: Sequence[str] = (),
+                 start_pooling: Callable[[NewSequence], PoolingState | None] = lambda new: None) -> None:
+        self._groups, self._start, self._start_pooling = groups, start, start_pooling
         self._row_of: dict[int, int] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self.token_ids = np.zeros((max_num_seqs, max_model_len + 1), np.int64)
@@ -83,6 +86,7 @@ class BatchState:
         self.prompt_tokens = np.zeros(max_num_seqs, np.int64)
         self.params: list[SamplingParams | None] = [None] * max_num_seqs
         self.processors = [NO_PROCESSORS] * max_num_seqs
+        self.pooling: list[PoolingState | None] = [None] * max_num_seqs
         self._step_id, self._is_taken_over = -1, True
         self._appended: set[int] = set()  # sequences whose new blocks of this step were taken over
 
@@ -105,7 +109,7 @@ class BatchState:
     def _forget(self, sequence_id: int) -> None:
         row = self._row_of.pop(sequence_id, None)
         if row is not None:
-            self.params[row], self.processors[row] = None, NO_PROCESSORS  # they may hold a caller's functions
+            self.params[row], self.processors[row], self.pooling[row] = None, NO_PROCESSORS, None  # they may hold a caller's functions
             self._free_rows.append(row)
 
     def _add(self, new: NewSequence) -> None:
@@ -126,7 +130,7 @@ class BatchState:
         self._table_blocks[:, row] = 0
         self._append_blocks(row, new.block_ids)
         self.params[row] = new.sampling
-        self.processors[row] = self._start(new)
+        self.processors[row], self.pooling[row] = self._start(new), self._start_pooling(new)
         self.temperatures[row] = 0.0 if new.sampling is None or new.sampling.is_greedy else new.sampling.temperature
         self.seeds[row] = new.seed
         self.sample_indices[row] = new.sample_index

@@ -16,6 +16,7 @@ from kvloom.interfaces.step import RowResult, Step, StepResult
 from kvloom.runtime.batch import BatchState, GroupIndices, StepIndices
 from kvloom.runtime.logits import LogitsPipeline
 from kvloom.runtime.logprobs import Candidates
+from kvloom.runtime.pooling import RowPooler
 from kvloom.runtime.sampling import LogitsOf, RowSampler
 
 NO_GROUP = GroupIndices(np.zeros((0, 0), np.int32), np.zeros(0, np.int64))
@@ -27,19 +28,21 @@ class Runner:
 
     Args:
         pipeline: the logits processors.
+        pooler: of an engine that pools; None: it generates.
         backends: by layer index, the attention backend of every attention layer.
         caches: by layer index, the KV tensors of those that keep state.
     """
 
     def __init__(self, model: Model, sampler: Sampler, pipeline: LogitsPipeline, comm: Comm, groups: tuple[KVGroup, ...],
                  num_layers: int, backends: Mapping[int, AttentionBackend], caches: Mapping[int, LayerCache], state: BatchState,
-                 device: torch.device) -> None:
+                 device: torch.device, pooler: RowPooler | None = None) -> None:
         self._model, self._comm, self._device = model, comm, device
         self._groups, self._num_layers = groups, num_layers
         self._backends, self._caches = backends, caches
         self._unstored = tuple(i for i, backend in backends.items() if not backend.spec.stored)
         self._state = state
         self._rows = RowSampler(sampler, pipeline, state)
+        self._pooler = pooler
 
     @torch.inference_mode()
     def execute(self, step: Step) -> StepResult:
@@ -53,6 +56,8 @@ class Runner:
             token_ids=self._to_device(indices.token_ids), positions=self._to_device(indices.positions)[None],
             extras={name: self._to_device(values) for name, values in indices.extras.items()})
         hidden = self._model.forward(inputs, ctx).hidden
+        if self._pooler is not None:
+            return StepResult(step.step_id, tuple(self._pool(self._pooler, step, indices, hidden, ctx)))
 
         def logits_of(rows: torch.Tensor) -> torch.Tensor:
             return self._model.logits(rows, ctx)
@@ -97,6 +102,15 @@ class Runner:
         ranges = [step.ranges[i] for i in indices.sampled]
         results = self._rows.sample(ranges, indices.rows[indices.sampled], positions, hidden[last], logits_of)
         return dict(zip(indices.sampled.tolist(), results, strict=True))
+
+    def _pool(self, pooler: RowPooler, step: Step, indices: StepIndices, hidden: torch.Tensor, ctx: ForwardContext) -> list[RowResult]:
+        """Results of all ranges, in their order; states of the poolers change when all of them are there."""
+        rows = indices.rows.tolist()
+        states = [s for s in (self._state.pooling[row] for row in rows) if s is not None]
+        results, after = pooler.pool(step.ranges, states, indices.query_starts.tolist(), hidden, ctx)
+        for row, state in zip(rows, after, strict=True):
+            self._state.pooling[row] = state
+        return results
 
     def _prompt_logprobs(self, step: Step, indices: StepIndices, hidden: torch.Tensor,
                          logits_of: LogitsOf) -> dict[int, tuple[Candidates, ...]]:

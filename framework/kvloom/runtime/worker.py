@@ -8,16 +8,19 @@ from typing import Any
 import torch
 
 from kvloom.config import EngineConfig
+from kvloom.config.pooling import PoolingPlan
 from kvloom.errors import InternalError, NotRegisteredError, RequestError
 from kvloom.hooks.loader import PluginSet
 from kvloom.interfaces import Model, NewSequence, SequenceView, Step, StepResult, WeightLoader, WorkerReport
 from kvloom.runtime.batch import BatchState
 from kvloom.runtime.builder import BuiltModel, ModelSource, build_model
 from kvloom.runtime.comm import LocalComm
+from kvloom.runtime.dense import DenseLayers
 from kvloom.runtime.host_memory import host_memory
 from kvloom.runtime.kv_tensors import allocate
 from kvloom.runtime.logits import NO_PROCESSORS, LogitsPipeline, SequenceProcessors, make_processors
 from kvloom.runtime.memory import MemoryPlan, memory_needs, plan_memory
+from kvloom.runtime.pooling import PoolerSet, PoolingState, RowPooler
 from kvloom.runtime.runner import Runner
 from kvloom.runtime.weights import check_catalog, load_weights, wanted_infos, wanted_slots
 from kvloom_kernels import native
@@ -103,11 +106,19 @@ class DeviceWorker:
         sampler = self._plugins.registries["samplers"].resolve(DEFAULT_SAMPLER).load()()
         pipeline = LogitsPipeline(make_processors(self._plugins.registries["logits_processors"]))
         vocab_size = self._source.config.vocab_size
+        pooler = self._make_pooler(built.model)
         state = BatchState(limits.max_num_seqs, limits.max_model_len, groups, lambda new: _start(pipeline, new, vocab_size),
-                           tuple(built.model.extra_inputs))
+                           tuple(built.model.extra_inputs), lambda new: _start_pooling(pooler, new))
         num_layers = len(built.model.state_specs())
         self._runner = Runner(built.model, sampler, pipeline, self._comm, groups, num_layers, built.backends, caches,
-                              state, self._device)
+                              state, self._device, pooler)
+
+    def _make_pooler(self, model: Model) -> RowPooler | None:
+        plan, source = self._source.pooling, self._source
+        if plan is None:
+            return None
+        dense = DenseLayers(plan.dense, lambda: make_loader(self._config, self._plugins))
+        return RowPooler(make_poolers(self._plugins, plan, model_pooling(self)), model, dense, source.dtype, source.config.hidden_size)
 
     def execute(self, step: Step) -> StepResult:
         """See `Worker.execute`."""
@@ -135,6 +146,24 @@ def _start(pipeline: LogitsPipeline, new: NewSequence, vocab_size: int) -> Seque
         return pipeline.start(view, new.processors, new.token_ids[new.prompt_tokens:])
     except RequestError as error:
         return SequenceProcessors({}, error)
+
+
+def _start_pooling(pooler: RowPooler | None, new: NewSequence) -> PoolingState | None:
+    return None if pooler is None or new.pooling is None else pooler.start(new, new.pooling)
+
+
+def make_poolers(plugins: PluginSet, plan: PoolingPlan, of_model: tuple[str, dict[str, Any]]) -> PoolerSet:
+    """What pools: `of_model` is what `model_pooling` gives.
+
+    Raises:
+        NotRegisteredError: nobody offers the pooling type.
+    """
+    return PoolerSet(plugins.registries["poolers"], plan, *of_model)
+
+
+def model_pooling(worker: Any) -> tuple[str, dict[str, Any]]:
+    """For ``Executor.call``: how a worker's model wants to be pooled, and what is not its task's default."""
+    return worker.model.pooling, dict(worker.model.pooling_options)
 
 
 def _kernels_note() -> str:

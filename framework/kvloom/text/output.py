@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ def request_output(live: LiveRequest, tokenizer: Tokenizer | None, error: Kvloom
         Exception: whatever the tokenizer raises; only this request is affected.
     """
     first = live.sequences[0].request
-    sampling = first.spec.sampling
+    sampling = first.spec.generation
     named = tokenizer.token_text if tokenizer is not None and sampling.detokenize else _no_text
     completions = [_completion(s, tokenizer, named) for s in live.sequences]
     if sampling.num_sequences > sampling.n and error is None:
@@ -45,6 +46,14 @@ def request_output(live: LiveRequest, tokenizer: Tokenizer | None, error: Kvloom
         num_cached_tokens=first.metrics.num_cached_tokens,
         error=error,
     )
+
+
+def request_refusal(live: LiveRequest, error: KvloomError) -> RequestOutput:
+    """The output of a request that has none."""
+    now_s = time.monotonic()
+    metrics = RequestMetrics(now_s, finished_time=now_s)
+    token_ids = list(live.sequences[0].request.spec.prompt_token_ids) if live.sequences else []
+    return RequestOutput(live.request_id, live.prompt, token_ids, None, [], True, metrics, error=error)
 
 
 def _completion(sequence: LiveSequence, tokenizer: Tokenizer | None, named: TokenText) -> CompletionOutput:
@@ -82,7 +91,7 @@ def _no_text(token_id: int) -> str | None:
 
 def output_text(request: Request, tokenizer: Tokenizer | None) -> str:
     """The output's text without its stop token, unless asked for; empty where no text is wanted."""
-    sampling = request.spec.sampling
+    sampling = request.spec.generation
     if tokenizer is None or not sampling.detokenize:
         return ""
     token_ids = request.output_token_ids

@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 
 from kvloom.errors import ModelError
-from kvloom.interfaces import Tokenizer
+from kvloom.interfaces import EncodedPair, Tokenizer
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 
@@ -76,6 +76,11 @@ class AutoTokenizer(Tokenizer):
         return None if self._hf.bos_token_id is None else int(self._hf.bos_token_id)
 
     @property
+    def pad_token_id(self) -> int | None:
+        """See `Tokenizer.pad_token_id`."""
+        return None if self._hf.pad_token_id is None else int(self._hf.pad_token_id)
+
+    @property
     def special_token_ids(self) -> frozenset[int]:
         """See `Tokenizer.special_token_ids`."""
         return self._special
@@ -106,6 +111,21 @@ class AutoTokenizer(Tokenizer):
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """See `Tokenizer.encode`."""
         return [int(i) for i in self._hf(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]]
+
+    def encode_within(self, text: str, max_tokens: int) -> list[int]:
+        """See `Tokenizer.encode_within`."""
+        return self._cut(text, None, max_tokens).token_ids
+
+    def encode_pair(self, text: str, pair: str, max_tokens: int | None = None) -> EncodedPair:
+        """See `Tokenizer.encode_pair`."""
+        return self._cut(text, pair, max_tokens)
+
+    def _cut(self, text: str, pair: str | None, max_tokens: int | None) -> EncodedPair:
+        added = self._hf.num_special_tokens_to_add(pair=pair is not None)
+        if max_tokens is not None and max_tokens <= added:
+            raise ValueError(f"{max_tokens} tokens leave no room beside the tokenizer's {added} special tokens")
+        found = self._hf(text, pair, verbose=False, truncation=False if max_tokens is None else "longest_first", max_length=max_tokens)
+        return EncodedPair([int(i) for i in found["input_ids"]], [int(i) for i in found.get("token_type_ids", ())])
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True) -> str:
         """See `Tokenizer.decode`."""
