@@ -11,6 +11,7 @@ from encoder_helpers import FAMILIES, POSITIONS, VOCAB, make, write_tokenizer
 from transformers import AutoTokenizer
 
 from kvloom import LLM, PoolerConfig
+from kvloom.cli import main
 from kvloom.errors import ConfigError, RequestValidationError, UnsupportedFeatureError
 
 TOLERANCE = 1e-5
@@ -147,3 +148,31 @@ def test_token_types_that_a_model_does_not_have_fail_their_request_alone(tmp_pat
         with pytest.raises(error, match=message):
             llm.embed([[9, 10, 11], bad], use_tqdm=False)
         assert torch.equal(embeddings(llm.embed([[9, 10, 11]], use_tqdm=False)), before)
+
+
+@pytest.mark.parametrize("bad", [{"prompt_token_ids": [9, 10], "token_type_ids": [0, 5]}, [VOCAB], [9] * (POSITIONS + 1), []], ids=["type", "id", "long", "empty"])
+def test_one_bad_prompt_of_eight_leaves_seven_as_they_were(tmp_path: Path, bad) -> None:
+    make("bert", "Model", tmp_path)
+    prompts = prompts_of(8)
+    with engine(tmp_path) as llm:
+        good = embeddings(llm.embed(prompts[:3] + prompts[4:], use_tqdm=False))
+        mixed = llm.embed([*prompts[:3], bad, *prompts[4:]], on_error="return", use_tqdm=False)
+        assert [o.error is not None for o in mixed] == [False] * 3 + [True] + [False] * 4
+        assert_close(embeddings(mixed[:3] + mixed[4:]), good)
+        llm.llm_engine.engine.scheduler.check_integrity()
+
+
+def test_an_encoder_does_not_generate(tmp_path: Path) -> None:
+    make("bert", "Model", tmp_path)
+    with engine(tmp_path) as llm, pytest.raises(ValueError, match="generat"):
+        llm.generate([[9, 10]], use_tqdm=False)
+    with pytest.raises(ValueError, match="does not support the 'generate' task"):
+        engine(tmp_path, task="generate")
+
+
+def test_the_plan_of_an_encoder_says_that_nothing_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make("modernbert", "Model", tmp_path)
+    assert main(["plan", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "no layer keeps state" in shown
+    assert "ModernBertModel" in shown
