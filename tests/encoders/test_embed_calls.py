@@ -176,3 +176,15 @@ def test_the_plan_of_an_encoder_says_that_nothing_is_kept(tmp_path: Path, capsys
     shown = capsys.readouterr().out
     assert "no layer keeps state" in shown
     assert "ModernBertModel" in shown
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert"])
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_bfloat16_points_in_the_same_direction(tmp_path: Path, family: str, backend: str) -> None:
+    model, prompts = make(family, "Model", tmp_path), prompts_of(6)
+    with engine(tmp_path, dtype="bfloat16", attention_backend=backend, override_pooler_config=PoolerConfig(pooling_type="MEAN")) as llm:
+        ours = embeddings(llm.embed(prompts, use_tqdm=False))
+    theirs = torch.stack([torch.nn.functional.normalize(their_hidden(model, p).mean(0), dim=-1) for p in prompts])
+    assert (ours * theirs).sum(-1).min() > 0.999
+    lengths = ours.norm(dim=-1)
+    torch.testing.assert_close(lengths, torch.ones(len(prompts)), atol=1e-5, rtol=0)
