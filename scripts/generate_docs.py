@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import kvloom.errors
-from kvloom.config import OTHER_ARGS, RENAMED, SECTIONS, NoEffect, Unsupported
+from kvloom.config import OTHER_ARGS, RENAMED, SECTIONS, TASK_ARGS, NoEffect, Unsupported
 from kvloom.errors import RequestError, UnsupportedFeatureError
+from kvloom.config.pooler import PoolerConfig
 from kvloom.outputs import CompletionOutput, Logprob, RequestOutput
-from kvloom.params import SamplingParams
+from kvloom.params import PoolingParams, SamplingParams
+from kvloom.pooling_calls import PoolingCalls
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE_ROOTS = ("framework", "builtin_models", "builtin_quant", "builtin_samplers", "plugins", "kernels")
@@ -67,6 +69,8 @@ def other_parameters() -> str:
     """vLLM's names that are no parameters of their own here."""
     rows = ["| name | taken values | state | test |", "|---|---|---|---|"]
     rows += [f"| `{old}` | as `{new}` | works, with a note | {_test('names_of_other_versions')} |" for old, new in RENAMED.items()]
+    rows += [f"| `{name}` | {', '.join(f'`{v!r}`' for v in tasks)} | works, as `task` does | {_test(name)} |"
+             for name, tasks in TASK_ARGS.items()]
     for name, other in OTHER_ARGS.items():
         more = other.state.values if isinstance(other.state, Unsupported) else ()
         taken = "any" if isinstance(other.state, NoEffect) else ", ".join(f"`{v!r}`" for v in (other.default, *more))
@@ -80,6 +84,32 @@ def sampling() -> str:
     for field in fields(SamplingParams):
         state = "works" if _is_taken(field.name) else "unsupported so far"
         rows.append(f"| `{field.name}` | {_default(field)} | {state} | {meanings[field.name]} | {_test(field.name, 'tests/api/')} |")
+    return "\n".join(rows)
+
+
+def pooling() -> str:
+    """Fields of PoolingParams with default and test."""
+    rows, meanings = ["| field | default | meaning | test |", "|---|---|---|---|"], _meanings(PoolingParams)
+    rows += [f"| `{field.name}` | {_default(field)} | {meanings[field.name]} | {_test(f'pooling_{field.name}')} |"
+             for field in fields(PoolingParams)]
+    return "\n".join(rows)
+
+
+def pooler() -> str:
+    """Fields of PoolerConfig with test."""
+    rows, meanings = ["| field | meaning | test |", "|---|---|---|"], _documented(PoolerConfig)
+    rows += [f"| `{name}` | {meanings[name]} | {_test(f'pooler_{name}')} |" for name in PoolerConfig.model_fields]
+    return "\n".join(rows)
+
+
+def pooling_methods() -> str:
+    """`LLM`'s pooling methods with signature and test."""
+    rows = ["| method | what it does | test |", "|---|---|---|"]
+    for name in ("encode", "embed", "classify", "reward", "score"):
+        method = getattr(PoolingCalls, name)
+        arguments = [p.name for p in list(inspect.signature(method).parameters.values())[1:]]
+        first = (inspect.getdoc(method) or "").split("\n\n")[0].replace("\n", " ")
+        rows.append(f"| `{name}({', '.join(arguments)})` | {_cell(first.replace('``', '`'))} | {_test(f'llm_{name}')} |")
     return "\n".join(rows)
 
 
@@ -142,7 +172,12 @@ def missing() -> list[str]:
 
 def _meanings(cls: type) -> dict[str, str]:
     """Field -> its meaning in the section Args of a class's docstring. Several fields may share one entry."""
-    found = {field.name: "" for field in fields(cls)} | UNDOCUMENTED.get(cls.__name__, {})
+    return _documented(cls, {field.name: "" for field in fields(cls)} | UNDOCUMENTED.get(cls.__name__, {}))
+
+
+def _documented(cls: type, found: dict[str, str] | None = None) -> dict[str, str]:
+    """Name -> meaning, as the section Args says, on top of `found`."""
+    found = {} if found is None else found
     section = (inspect.getdoc(cls) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
     for entry in re.split(r"\n {4}(?=\w)", f"\n{section}")[1:]:
         names, _, meaning = entry.partition(": ")
@@ -179,6 +214,9 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "parameters": ("docs/api.md", parameters),
     "other-parameters": ("docs/api.md", other_parameters),
     "sampling": ("docs/api.md", sampling),
+    "pooling": ("docs/api.md", pooling),
+    "pooler": ("docs/api.md", pooler),
+    "pooling-methods": ("docs/api.md", pooling_methods),
     "request-output": ("docs/api.md", lambda: output_fields(RequestOutput, "request_output")),
     "completion-output": ("docs/api.md", lambda: output_fields(CompletionOutput, "completion_output")),
     "logprob": ("docs/api.md", lambda: output_fields(Logprob, "logprob")),

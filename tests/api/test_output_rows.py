@@ -49,7 +49,7 @@ ROWS = {
     "completion_output": [*(f.name for f in fields(CompletionOutput)), "finished"],
     "logprob": [f.name for f in fields(Logprob)],
     "pooling_output": ["data", "embedding"],
-    "pooling_request_output": ["request_id", "outputs", "prompt_token_ids", "finished", "num_cached_tokens", "error"],
+    "pooling_request_output": ["request_id", "outputs", "prompt_token_ids", "finished", "num_cached_tokens", "error", "metrics"],
     "embedding_output": ["embedding", "hidden_size"], "classification_output": ["probs", "num_classes"], "scoring_output": ["score", "embedding"],
     "beam_search_output": ["sequences"], "beam_search_sequence": [f.name for f in fields(BeamSearchSequence)],
 }

@@ -35,9 +35,9 @@ STATES = {**{name: SECTIONS[section].state(name) for name, section in SECTION_OF
 OTHER_VALUE = "something else"
 """Of the parameters in `OTHER_ARGS`: no such value has a meaning."""
 UNSUPPORTED_VALUES = {
-    "trust_remote_code": True, "allowed_local_media_path": "/media", "task": "embed", "kv_cache_dtype": "fp8", "cpu_offload_gb": 1.0, "device": "cuda", "tensor_parallel_size": 2,
+    "trust_remote_code": True, "allowed_local_media_path": "/media", "task": "transcription", "kv_cache_dtype": "fp8", "cpu_offload_gb": 1.0, "device": "cuda", "tensor_parallel_size": 2,
     "pipeline_parallel_size": 2, "compilation_config": 3, "enable_sleep_mode": True, "enable_lora": True, "max_loras": 2,
-    "max_lora_rank": 8, "limit_mm_per_prompt": {"image": 1}, "mm_processor_kwargs": {"x": 1}, "override_pooler_config": {"x": 1},
+    "max_lora_rank": 8, "limit_mm_per_prompt": {"image": 1}, "mm_processor_kwargs": {"x": 1},
     "speculative_config": {"method": "ngram"}, "guided_decoding_backend": "xgrammar",
 }
 NO_EFFECT_VALUES = {

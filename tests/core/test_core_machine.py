@@ -18,7 +18,7 @@ from kvloom.core import Finish, Request, RequestSpec, Scheduler, SchedulerLimits
 from kvloom.core.wire import from_wire, to_wire
 from kvloom.errors import RequestValidationError
 from kvloom.interfaces import Step
-from kvloom.params import SamplingParams
+from kvloom.params import PoolingParams, SamplingParams
 from kvloom.testing.fake_model import FakeExecutor, FakeModel, KVMismatchError
 from kvloom_plugins.schedulers.fcfs import FirstComePolicy
 from kvloom_plugins.schedulers.priority import PriorityPolicy
@@ -69,13 +69,15 @@ class CoreMachine(RuleBasedStateMachine):
 
     @rule(prompts=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 40), st.integers(0, 2)), min_size=1, max_size=4),
           max_tokens=st.one_of(st.none(), st.integers(1, 20)), priority=st.integers(-1, 1), salt=st.sampled_from([b"", b"", b"x"]),
-          reads=st.sampled_from([True, True, True, False]), ignore_eos=st.booleans(), n=st.sampled_from([1, 1, 2, 4]))
+          reads=st.sampled_from([True, True, True, False]), ignore_eos=st.booleans(), n=st.sampled_from([1, 1, 2, 4, 0]))
     def arrive(self, prompts, max_tokens, priority, salt, reads, ignore_eos, n):
+        """With n = 0 they are to be pooled."""
         for first, length, own in prompts:
             # Blocks of equal tokens after different beginnings, and prompts that are beginnings of others.
             prompt = (first, *(position % 3 for position in range(length)), *range(10, 10 + own))
-            sampling = SamplingParams(n=n, max_tokens=max_tokens, stop_token_ids=[STOP], ignore_eos=ignore_eos)
-            spec = RequestSpec(prompt, sampling, priority, eos_token_id=EOS, cache_root=salt, read_prefix_cache=reads)
+            pooling = None if n else PoolingParams()
+            sampling = SamplingParams(n=n, max_tokens=max_tokens, stop_token_ids=[STOP], ignore_eos=ignore_eos) if n else None
+            spec = RequestSpec(prompt, sampling, priority, eos_token_id=EOS, cache_root=salt, read_prefix_cache=reads, pooling=pooling)
             try:
                 leader = self.scheduler.add(spec)
             except RequestValidationError as error:
@@ -185,8 +187,13 @@ class CoreMachine(RuleBasedStateMachine):
             assert r.num_tokens <= self.limits.max_chunk_tokens
 
     def check_outcome(self, request: Request):
-        expected = self.expected(request)
         assert request.finish is not None
+        if request.spec.sampling is None:
+            assert (request.pooled is None) == (request.finish != Finish("stop"))
+            assert request.pooled in (None, self.model.pooled(request.spec.prompt_token_ids))
+            assert not request.output_tokens
+            return
+        expected = self.expected(request)
         if request.finish.reason == "error":
             assert request.error is not None
         elif request.finish.reason != "abort" and request.finish.stop_reason != "END":

@@ -7,7 +7,7 @@ token than a plain loop does (`FakeModel.generate`), or a `KVMismatchError` that
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from kvloom.errors import KvloomError, UnsupportedFeatureError
 from kvloom.interfaces.executor import Executor
 from kvloom.interfaces.state import KVGroup
-from kvloom.interfaces.step import NewSequence, RowError, RowResult, Step, StepResult, TokenRange
+from kvloom.interfaces.step import NewSequence, Pooled, RowError, RowResult, Step, StepResult, TokenRange
 from kvloom.interfaces.worker import WorkerFactory, WorkerReport
 
 
@@ -64,6 +64,14 @@ class FakeModel:
         return output
 
 
+    def pooled(self, prompt: Iterable[int]) -> Pooled:
+        """What a pooling request gets: the state after its last token."""
+        state = b""
+        for token_id in prompt:
+            state = self.absorb(state, token_id)
+        return Pooled((len(state),), state)
+
+
 class Slot(NamedTuple):
     """What one token leaves in one slot of a block: it depends on the token, on all before it, and on the group's layers."""
 
@@ -80,6 +88,7 @@ class _Row:
         self.states: list[bytes] = []
         self.tables = [list(blocks) for blocks in new.block_ids]
         self.computed_tokens = new.computed_tokens
+        self.is_pooled = new.pooling is not None
 
 
 class FakeWorker:
@@ -134,6 +143,10 @@ class FakeWorker:
             self._write(group, table, row, r.start, end)
             self._read(group, table, row, r, end)
         row.computed_tokens = end
+        if row.is_pooled:
+            error = None if failure is None else RowError("InjectedFailure", failure)
+            state = row.states[-1]
+            return RowResult(r.sequence_id, pooled=Pooled((len(state),), state) if r.sample and error is None else None, error=error)
         if r.sample:  # also when the row fails: steps in flight go on with what is there, nobody will read their results
             row.tokens.append(self._model.next_token(row.states[-1]))
         if failure is not None:
