@@ -22,8 +22,8 @@ from typing import Any
 
 import kvloom.errors
 from kvloom.config import OTHER_ARGS, RENAMED, SECTIONS, TASK_ARGS, NoEffect, Unsupported
-from kvloom.errors import RequestError, UnsupportedFeatureError
 from kvloom.config.pooler import PoolerConfig
+from kvloom.errors import RequestError, UnsupportedFeatureError
 from kvloom.outputs import CompletionOutput, Logprob, RequestOutput
 from kvloom.params import PoolingParams, SamplingParams
 from kvloom.pooling_calls import PoolingCalls

@@ -72,8 +72,8 @@ class PoolingRules:
             raise RequestValidationError(f"dimensions are those of an embedding, this engine runs with task={plan.task!r}",
                                          "dimensions", wanted)
         if plan.dimensions is None:
-            raise RequestValidationError("this model was not trained to be cut (Matryoshka), so dimensions cannot be set; if it was, say "
-                                         "so: hf_overrides={'is_matryoshka': True}", "dimensions", wanted)
+            raise RequestValidationError("this model was not trained to be cut (Matryoshka), so dimensions cannot be set; if it was, "
+                                         "say so: hf_overrides={'is_matryoshka': True}", "dimensions", wanted)
         if wanted > plan.embedding_size or (plan.dimensions and wanted not in plan.dimensions):
             valid = ", ".join(map(str, plan.dimensions)) if plan.dimensions else f"1 to {plan.embedding_size}"
             raise RequestValidationError(f"dimensions of this model's embeddings may be {valid}; got {wanted}", "dimensions",

@@ -415,6 +415,13 @@ def test_pooling_request_output_error__is_taken_over(request_output, output, dat
     assert request_output.from_base(base).error is error
 
 
+@pytest.mark.parametrize(("request_output", "output", "data"), REQUEST_OUTPUTS)
+def test_pooling_request_output_metrics__are_taken_over(request_output, output, data: torch.Tensor) -> None:
+    base = pooled(data)
+    base.metrics = RequestMetrics(1.0)
+    assert request_output.from_base(base).metrics is base.metrics
+
+
 def refuses(output, data: torch.Tensor, message: str) -> None:
     with pytest.raises(RequestValidationError, match=message) as caught:
         output.from_base(PoolingOutput(data))
