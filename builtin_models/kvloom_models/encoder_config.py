@@ -6,26 +6,17 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from kvloom.interfaces.model_config import ModelConfig, RopeParameters
-from kvloom_models.config import DEFAULT_LABELS, FULL, SLIDING
+from kvloom.interfaces.model_config import RopeParameters
+from kvloom_models.config import FULL, SLIDING, LabelledConfig
 
 
-class EncoderConfig(ModelConfig):
+class EncoderConfig(LabelledConfig):
     """What the families share."""
 
     hidden_act: str = "gelu"
     layer_norm_eps: float = Field(default=1e-12, gt=0)
     max_position_embeddings: int = Field(default=512, gt=0)
     pad_token_id: int = Field(default=0, ge=0)
-    id2label: dict[str, str] = Field(default_factory=dict)
-    num_labels: int = Field(default=DEFAULT_LABELS, gt=0, le=2**20)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _count_labels(cls, data: Any) -> Any:
-        """config.json names the labels rather than counting them."""
-        labels = data.get("id2label") if isinstance(data, dict) else None
-        return {**data, "num_labels": len(labels)} if labels and isinstance(labels, dict) else data
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:

@@ -72,6 +72,22 @@ def edit_config(directory: Path, change: Callable[[dict[str, Any]], object]) -> 
     path.write_text(json.dumps(content))
 
 
+def write_tokenizer(directory: Path, *, types: bool) -> None:
+    """Words w8 to w100 are ids 8 to 100; a pair is ``[CLS] a [SEP] b [SEP]``, with token types or without."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(5, VOCAB))]
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(names[:5])
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    pair = "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1" if types else "[CLS] $A [SEP] $B [SEP]"
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair=pair, special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    inputs = ["input_ids", "attention_mask"] + (["token_type_ids"] if types else [])
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]",
+        model_input_names=inputs).save_pretrained(directory)
+
+
 class OurEncoder:
     """A worker's model and runner without an engine around them."""
 

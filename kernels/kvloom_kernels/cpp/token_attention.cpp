@@ -42,26 +42,13 @@ inline int64_t last_seen(const Shape& s, int64_t position, int64_t tokens) {
     return last < tokens ? last : tokens;
 }
 
-template <int STEP> inline void transpose_step(f32x16* rows) {
-    i32x16 low, high;  // lanes of a pair of rows, with those of the second counted from 16 on
-    for (int i = 0; i < LANES; i++) {
-        low[i] = i & STEP ? i - STEP + LANES : i;
-        high[i] = i & STEP ? i + LANES : i + STEP;
-    }
-    for (int r = 0; r < LANES; r++)
-        if (!(r & STEP)) {
-            f32x16 a = rows[r], b = rows[r + STEP];
-            rows[r] = __builtin_shuffle(a, b, low);
-            rows[r + STEP] = __builtin_shuffle(a, b, high);
-        }
-}
-
 // 16 rows of 16, in place.
 inline void transpose(f32x16* rows) {
-    transpose_step<8>(rows);
-    transpose_step<4>(rows);
-    transpose_step<2>(rows);
-    transpose_step<1>(rows);
+    float before[LANES][LANES], after[LANES][LANES];
+    std::memcpy(before, rows, sizeof before);
+    for (int r = 0; r < LANES; r++)
+        for (int c = 0; c < LANES; c++) after[c][r] = before[r][c];
+    std::memcpy(rows, after, sizeof after);
 }
 
 // Tokens [from, to) of one head as float32, [token][dim rounded up to 16].
