@@ -7,7 +7,7 @@ from core_helpers import Harness, beam_rule, branching_spec, found, searched
 
 from kvloom.core import BranchRule
 from kvloom.errors import RequestFailedError, RequestValidationError
-from kvloom.interfaces import BlockCopy, Branch, Decision, FinishedBranch
+from kvloom.interfaces import BlockCopy, Branch, Decision, FinishedBranch, HostTierReport
 from kvloom.testing.fake_model import FakeModel
 
 PROMPT = list(range(100, 140))
@@ -85,8 +85,11 @@ def test_branches_that_gave_way_are_computed_again_and_find_the_same() -> None:
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_groups_that_do_not_fit_together_let_one_go_first(cached: bool) -> None:
-    h = Harness(num_blocks=22, max_num_seqs=8, enable_prefix_caching=cached)
+@pytest.mark.parametrize("host_blocks", [0, 7, 100])
+@pytest.mark.parametrize(("block_tokens", "num_blocks"), [(1, 70), (4, 22)])
+def test_groups_that_do_not_fit_together_let_one_go_first(cached: bool, host_blocks: int, block_tokens: int, num_blocks: int) -> None:
+    tier = HostTierReport(host_blocks, block_bytes=1, bytes_per_s=1e9, tokens_per_s=1.0) if host_blocks else None
+    h = Harness(num_blocks=num_blocks, block_tokens=block_tokens, max_num_seqs=8, enable_prefix_caching=cached, host_tier=tier)
     pairs = [h.search([i, *range(17)], beam_width=4, max_tokens=12, **NO_END) for i in range(3)]
     h.run()
     for request, expected in pairs:

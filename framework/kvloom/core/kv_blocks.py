@@ -159,8 +159,11 @@ class KVBlocks:
         return self._located(columns * self.block_tokens, request.digests[:columns], firsts)
 
     def _own_state(self, request: Request) -> Hit | None:
-        """All that it had computed when it gave way, if every block of that can still be found."""
-        tokens = request.lost_tokens
+        """All that it had computed when it gave way, if every block of that can still be found.
+
+        A branch that was waiting for the others had computed its last token too; its candidates are wanted again.
+        """
+        tokens = min(request.lost_tokens, len(request.token_ids) - 1)
         full, rest = divmod(tokens, self.block_tokens)
         digests = request.digests[:full]
         if rest:
