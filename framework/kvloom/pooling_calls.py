@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 from kvloom.calls import run
-from kvloom.errors import RequestValidationError
+from kvloom.errors import RequestTypeError, RequestValidationError
 from kvloom.params import PoolingParams
 from kvloom.pooling_outputs import (
     ClassificationRequestOutput,
@@ -162,6 +162,9 @@ class PoolingCalls:
             raise RequestValidationError("Score API is only enabled for `--task embed or score`: this engine runs with "
                                          f"task={rules.task!r}", "task", rules.task)
         pairs = paired(engine, text_1, text_2)
+        if pooling_params is not None and not isinstance(pooling_params, PoolingParams):
+            raise RequestTypeError(f"pooling_params must be one PoolingParams for all pairs, got {type(pooling_params).__name__}",
+                                   "pooling_params", pooling_params)
         params = for_task(pooling_params or PoolingParams(), "embed" if rules.task == "embed" else "score", truncate_prompt_tokens)
         if rules.task == "embed":
             return score_embeddings(engine, pairs, params, use_tqdm, on_error)

@@ -262,6 +262,12 @@ def test_hf_token__goes_to_every_download_and_is_never_shown(small_checkpoint: P
     assert "very-secret" not in "".join(shown)
 
 
+def test_hf_token__is_not_in_the_message_about_other_parameters() -> None:
+    with pytest.raises(ConfigError, match="code_revision='v1' needs") as caught:
+        LLM("m", code_revision="v1", hf_token="very-secret")
+    assert "very-secret" not in str(caught.value)
+
+
 def test_hf_token__is_not_in_the_message_of_a_failed_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """httpx refuses a token with a line break (as a file has one at its end) in an error that holds the whole header."""
 

@@ -250,6 +250,16 @@ def test_stop_profile__without_a_start_and_a_second_start_are_refused(small_chec
     assert len(list(tmp_path.iterdir())) == 1, "what is being recorded when the engine closes is forgotten"
 
 
+def test_start_profile__is_refused_while_another_engine_records(small_checkpoint: Path, tmp_path: Path) -> None:
+    with engine(small_checkpoint, profile_dir=str(tmp_path)) as llm, engine(small_checkpoint, profile_dir=str(tmp_path)) as other:
+        llm.start_profile()
+        with pytest.raises(EngineStateError, match="another engine of this process"):
+            other.start_profile()
+        llm.close()
+        other.start_profile()
+        assert len(other.stop_profile()) == 1
+
+
 @pytest.mark.parametrize(("prefix", "error"), [("../x", RequestValidationError), ("a" * 65, RequestValidationError), (5, RequestTypeError)])
 def test_start_profile__refuses_prefixes_that_are_no_part_of_a_name(small_checkpoint: Path, tmp_path: Path, prefix: object,
                                                                     error: type[Exception]) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from kvloom import LLM, PoolerConfig, PoolingParams, SamplingParams
 from kvloom.config import EngineConfig
-from kvloom.errors import ConfigError, RequestValidationError, UnsupportedFeatureError
+from kvloom.errors import ConfigError, RequestTypeError, RequestValidationError, UnsupportedFeatureError
 
 PROMPTS = prompts_of(8)
 QUIET = {"use_tqdm": False}
@@ -137,6 +137,9 @@ def test_score__of_an_embedding_model_is_the_cosine(llm: LLM, model: torch.nn.Mo
 
 
 def test_score__of_what_does_not_fit(llm: LLM, cross) -> None:
+    for wrong in ([PoolingParams()], {"dimensions": 2}):
+        with pytest.raises(RequestTypeError, match="one PoolingParams for all pairs"):
+            llm.score("a", ["b"], pooling_params=wrong, **QUIET)
     _, _, crossed = cross
     for made in (llm, crossed):
         for first, second, message in ((["w5"] * 2, ["w6"] * 3, "Input lengths must be either 1:1, 1:N or N:N"),

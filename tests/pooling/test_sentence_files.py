@@ -27,21 +27,27 @@ def module(kind: str, path: str = "") -> dict:
     return {"idx": 0, "name": "0", "path": path, "type": f"sentence_transformers.models.{kind}"}
 
 
-POOLING, DENSES = module("Pooling", "1_Pooling"), [module("Pooling", "1_Pooling"), module("Dense", "2_Dense")]
+FIRST, POOLING, DENSE_MODULE = module("Transformer"), module("Pooling", "1_Pooling"), module("Dense", "2_Dense")
+DENSES = [FIRST, POOLING, DENSE_MODULE]
 
 
 @pytest.mark.parametrize(("files", "error", "message"), [
-    (([POOLING, module("CNN")],), UnsupportedFeatureError, "CNN"),
-    (([module("Pooling", "../elsewhere")],), ModelError, "not inside the checkpoint"),
-    (([module("Pooling", "/etc")],), ModelError, "not inside the checkpoint"),
+    (([FIRST, POOLING, module("CNN")],), UnsupportedFeatureError, "CNN"),
+    (([FIRST, module("Pooling", "../elsewhere")],), ModelError, "not inside the checkpoint"),
+    (([FIRST, module("Pooling", "/etc")],), ModelError, "not inside the checkpoint"),
     (({"type": "Pooling"},), ModelError, "must hold a list"),
-    (([POOLING], {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}), UnsupportedFeatureError, "choose one with override_pooler_config"),
+    (([FIRST, POOLING], {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}), UnsupportedFeatureError, "choose one with override_pooler_config"),
     ((DENSES, MEAN, DENSE | {"in_features": 7}), ModelError, "takes 7 numbers, what comes before it gives 60"),
     ((DENSES, MEAN, DENSE | {"out_features": True}), ModelError, "must be sizes"),
     ((DENSES, MEAN, DENSE | {"activation_function": "os.system"}), UnsupportedFeatureError, "activation_function"),
     ((DENSES, MEAN, DENSE), CheckpointError, "2_Dense"),
-    (([POOLING], MEAN, None, {"max_seq_length": -1}), ModelError, "max_seq_length"),
-    (([POOLING], MEAN, None, {"do_lower_case": True}), UnsupportedFeatureError, "do_lower_case"),
+    (([FIRST, POOLING], MEAN, None, {"max_seq_length": -1}), ModelError, "max_seq_length"),
+    (([FIRST, POOLING], MEAN, None, {"do_lower_case": True}), UnsupportedFeatureError, "do_lower_case"),
+    (([],), UnsupportedFeatureError, "an empty list"),
+    (([POOLING],), UnsupportedFeatureError, "Transformer, then maybe"),
+    (([FIRST, POOLING, POOLING],), UnsupportedFeatureError, "Transformer, Pooling, Pooling"),
+    (([FIRST, DENSE_MODULE, POOLING], MEAN, DENSE), UnsupportedFeatureError, "Transformer, Dense, Pooling"),
+    (([FIRST, POOLING, module("Normalize"), DENSE_MODULE], MEAN, DENSE), UnsupportedFeatureError, "Normalize, Dense"),
 ])
 def test_what_cannot_be_used_is_named(tmp_path: Path, files: tuple, error: type[Exception], message: str) -> None:
     write(tmp_path, *files)
@@ -50,6 +56,6 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, files: tuple, error: type[
 
 
 def test_a_pooling_type_of_the_caller_makes_up_for_one_that_is_not_known(tmp_path: Path) -> None:
-    write(tmp_path, [POOLING], {"pooling_mode_weightedmean_tokens": True})
+    write(tmp_path, [FIRST, POOLING], {"pooling_mode_weightedmean_tokens": True})
     with engine(tmp_path, override_pooler_config={"pooling_type": "MEAN"}) as llm:
         assert len(llm.embed([[5]], use_tqdm=False)[0].outputs.embedding) == HIDDEN

@@ -176,7 +176,10 @@ def _problems(section: type[Section], error: ValidationError, origins: Mapping[s
     """Every wrong value of a section: where it was given, what it was, what is wrong."""
     lines = []
     for problem in error.errors():
-        name = str(problem["loc"][0]) if problem["loc"] else ""
+        if not problem["loc"]:  # of the section as a whole, whose message names the fields; its values may be secret
+            lines.append(problem["msg"].removeprefix("Value error, "))
+            continue
+        name = str(problem["loc"][0])
         inner = "".join(f"[{part!r}]" for part in problem["loc"][1:] if isinstance(part, int | str) and part != "[key]")
         where = origins.get(name, "")
         prefix = f"{where}: " if where not in ("", "argument") else ""

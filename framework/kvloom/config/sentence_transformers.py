@@ -6,6 +6,7 @@ Read as data; class paths in it are compared with names that are known, never im
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ NAMED_MODES: Mapping[str, str] = {"cls": "CLS", "mean": "MEAN", "lasttoken": "LA
 """The same as newer files have it, under ``pooling_mode``."""
 ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "Sigmoid", "SiLU")
 """Last part of the class paths that dense layers may name."""
+ORDER = re.compile(r"Transformer( Pooling)?( Dense)*( Normalize)?")
+"""Of a checkpoint's modules: what is computed in this order."""
 MAX_WIDTH, MAX_MODULES = 2**20, 64
 
 
@@ -69,18 +72,18 @@ def read_modules(directory: Path, chosen: str | None) -> SentenceModules | None:
         return None
     pooling_type: str | None = None
     dense: list[DenseLayer] = []
-    normalize = False
+    kinds: list[str] = []
     for module in _listed(directory / "modules.json"):
         kind, folder = str(module.get("type", "")).rpartition(".")[2], _inside(directory, module.get("path", ""))
+        kinds.append(kind)
         if kind == "Pooling":
             pooling_type = chosen or _pooling_type(read_json(folder / "config.json"))
         elif kind == "Dense":
             dense.append(_dense(folder))
-        elif kind == "Normalize":
-            normalize = True
-        elif kind != "Transformer":
-            raise UnsupportedFeatureError("modules.json", kind, "a checkpoint may have Transformer, Pooling, Dense and Normalize")
-    return SentenceModules(pooling_type, tuple(dense), normalize, _max_tokens(directory))
+    if not ORDER.fullmatch(" ".join(kinds)):
+        raise UnsupportedFeatureError("modules.json", ", ".join(kinds) or "an empty list", "a checkpoint may have Transformer, then "
+                                      "maybe Pooling, then any number of Dense, then maybe Normalize")
+    return SentenceModules(pooling_type, tuple(dense), "Normalize" in kinds, _max_tokens(directory))
 
 
 def _listed(path: Path) -> list[dict[str, Any]]:

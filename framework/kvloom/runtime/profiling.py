@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -11,6 +12,8 @@ from torch.profiler import profile, record_function
 
 from kvloom.errors import ConfigError, EngineStateError, RequestValidationError
 
+ONE = threading.Lock()
+"""torch has one profiler a process, whatever number of engines."""
 PREFIX = re.compile(r"[A-Za-z0-9._-]{0,64}")
 
 
@@ -30,7 +33,7 @@ class WorkerProfiler:
         """Record from here on.
 
         Raises:
-            EngineStateError: it is recording already.
+            EngineStateError: it is recording already, or another engine of this process is.
             RequestValidationError: `prefix` is no part of a file name.
             ConfigError: the directory cannot be made.
         """
@@ -43,6 +46,8 @@ class WorkerProfiler:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"profile_dir={str(directory)!r} cannot be made: {error}") from error
+        if not ONE.acquire(blocking=False):
+            raise EngineStateError("another engine of this process is being profiled; call its stop_profile() first")
         self._path = directory / f"{prefix}rank{self._rank}-{time.time_ns()}.trace.json.gz"
         self._running = profile()  # of every kind of device that this torch can record
         self._running.start()
@@ -55,10 +60,16 @@ class WorkerProfiler:
         """
         if self._running is None:
             raise EngineStateError("the profiler was not started; call start_profile() first")
-        running, self._running = self._running, None
-        running.stop()
-        running.export_chrome_trace(str(self._path))
+        self._end(self._running).export_chrome_trace(str(self._path))
         return self._path
+
+    def _end(self, running: profile) -> profile:
+        self._running = None
+        try:
+            running.stop()
+        finally:
+            ONE.release()
+        return running
 
     def step(self, step_id: int) -> AbstractContextManager[object]:
         """A named span around a step."""
@@ -67,5 +78,4 @@ class WorkerProfiler:
     def close(self) -> None:
         """Forget what was recorded."""
         if self._running is not None:
-            self._running.stop()
-        self._running = None
+            self._end(self._running)
