@@ -144,6 +144,25 @@ def test_contents_reach_the_template_in_the_form_it_takes(llm: LLM, template: st
     assert before == MIXED
 
 
+@pytest.mark.parametrize(("before", "given", "text"), [
+    ("{% if messages[0].role != 'system' %}{{ raise_exception('x') }}{% endif %}", {}, ""), ("As {'type': 'text'}: ", {}, "As {'type': 'text'}: "),
+    ("{{ lang.upper() }} ", {"chat_template_kwargs": {"lang": "en"}}, "EN "), ("{% for t in tools %}{{ t.name }}{% endfor %} ", {"tools": [{"name": "f"}]}, "f "),
+])
+def test_a_template_of_parts_is_recognised_whatever_else_it_needs(llm: LLM, before: str, given: dict, text: str) -> None:
+    conversation = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    (rendered,) = llm.chat(conversation, chat_template=before + PARTS, dry_run=True, **given)
+    assert rendered.prompt == text + "system:<s>;user:<u>;"
+
+
+def test_a_renderer_that_somebody_else_ended_starts_again(llm: LLM) -> None:
+    assert llm.chat([USER], chat_template=PARTS, dry_run=True)[0].prompt
+    process = llm.llm_engine.chat._renderer._process._process
+    process.kill()
+    process.wait()
+    (rendered,) = llm.chat([{"role": "user", "content": "u"}], chat_template="{{ 1 }}" + PARTS, dry_run=True)
+    assert rendered.prompt == "1user:<u>;"
+
+
 def test_tools_tool_calls_and_further_variables_reach_the_template(llm: LLM) -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]}
     template = "{{ tools | tojson }}|{{ messages[1].tool_calls[0].function.arguments.x }}|{{ messages[1].content is none }}|{{ thinking }}"

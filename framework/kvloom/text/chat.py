@@ -13,6 +13,7 @@ from kvloom.errors import RequestTypeError, RequestValidationError, shown
 from kvloom.interfaces.tokenizer import Tokenizer
 from kvloom.prompts import ParsedPrompt
 from kvloom.text.chat_messages import read_conversation
+from kvloom.text.limited_process import LimitError
 from kvloom.text.templates import TemplateRenderer
 
 ContentFormat = Literal["auto", "string", "openai"]
@@ -91,7 +92,8 @@ class ChatFormatter:
             UnsupportedFeatureError: parts that are no text.
         """
         template = self._template(options)
-        as_parts = options.content_format == "openai" or (options.content_format == "auto" and self._reads_parts(template))
+        form = options.content_format
+        as_parts = form == "openai" or (form == "auto" and self._reads_parts(template, conversation, options))
         messages = read_conversation(conversation, as_parts=as_parts, media_root=self._media_root)
         if options.continue_final_message:
             text = self._up_to_the_end(template, messages, options)
@@ -142,20 +144,27 @@ class ChatFormatter:
                                          "continue_final_message", True)
         return text
 
-    def _reads_parts(self, template: str) -> bool:
-        """Whether the template takes content as a list of parts: asked by rendering one."""
+    def _reads_parts(self, template: str, conversation: Sequence[Mapping[str, Any]], options: ChatOptions) -> bool:
+        """Whether the template takes contents as lists of parts: asked by rendering these messages so, with one part more."""
         known = self._takes_parts.get(template)
-        if known is None:
-            probe = [{"role": "user", "content": [{"type": "text", "text": PROBE}]}]
-            try:
-                text = self._text(template, probe, ChatOptions())
-            except RequestValidationError:
-                text = ""
-            known = PROBE in text and "'text'" not in text and '"text"' not in text
-            if len(self._takes_parts) >= 32:  # templates come with requests: keep what is remembered bounded
-                self._takes_parts.clear()
-            self._takes_parts[template] = known
-        return known
+        if known is not None:
+            return known
+        probe = [dict(m) for m in read_conversation(conversation, as_parts=True, media_root=self._media_root)]
+        asked = next((m for m in reversed(probe) if m["role"] == "user"), probe[-1])
+        asked["content"] = [*(asked.get("content") or ()), {"type": "text", "text": PROBE}]
+        try:
+            text = self._text(template, probe, options)
+        except RequestValidationError as error:
+            if isinstance(error.__cause__, LimitError):
+                raise
+            return False
+        if PROBE not in text:
+            return False
+        if len(self._takes_parts) >= 32:  # templates come with requests: keep what is remembered bounded
+            self._takes_parts.clear()
+        # A template that takes texts writes the list as Python or JSON does.
+        self._takes_parts[template] = f"'{PROBE}'" not in text and f'"{PROBE}"' not in text
+        return self._takes_parts[template]
 
     def _encode(self, text: str) -> list[int]:
         """Ids with exactly one begin-of-text token where the tokenizer has one that it adds: the template's, or else its own."""

@@ -36,7 +36,9 @@ class LimitedProcess:
 
     @property
     def is_running(self) -> bool:
-        """Whether there is a process that the next question goes to."""
+        """Whether there is a process that the next question goes to. One that somebody else ended is forgotten."""
+        if self._process is not None and self._process.poll() is not None:
+            self.close()
         return self._process is not None
 
     def start(self, first: Mapping[str, Any]) -> dict[str, Any]:
