@@ -89,7 +89,7 @@ template <class T> void norm_rope_write(const Write& w, const Team& team) {
     constexpr int64_t SIDE = sizeof(T) == 2 ? 2 : 1;
     int64_t pairs = (w.block_tokens + SIDE - 1) / SIDE, steps = (w.dim + SIDE - 1) / SIDE;
     for (int64_t t = team.first(w.tokens); t < team.last(w.tokens); t++) {
-        const float *cosines = w.table + w.positions[t] * w.rotary_dim, *sines = cosines + w.rotary_dim / 2;
+        const float *cosines = w.table + (w.rotary_dim ? w.positions[t] * w.rotary_dim : 0), *sines = cosines + w.rotary_dim / 2;
         for (const Heads* part : {&w.q, &w.k})
             for (int64_t h = 0; h < part->count; h++) {
                 T* head = (T*)part->data + t * part->stride + h * w.dim;

@@ -137,7 +137,7 @@ inline f32x16 activated(f32x16 x, int64_t finish) {
 struct Product {
     const void *x, *weight, *bias;
     void* out;
-    int64_t rows, n, k, x_stride, out_stride, is_bf16, is_gated, finish;
+    int64_t rows, n, k, x_stride, out_stride, is_bf16, is_gated, finish, is_widened;  // the last: float32 results of bfloat16
 };
 
 template <class T> inline void add_bias(float* sums, const T* bias, int64_t count) {
@@ -149,12 +149,12 @@ template <class T> inline void put_n(T* out, const float* sums, int64_t count) {
 }
 
 // Stores one row of a panel: features [first, first + PANEL) of a plain weight; of a gated one HALF of the gate and HALF of the other.
-template <class T> inline void store_row(const Product& p, T* out, float* sums, int64_t panel) {
+template <class T, class O> inline void store_row(const Product& p, O* out, float* sums, int64_t panel) {
     const T* bias = (const T*)p.bias;
     if (!p.is_gated) {
         int64_t first = panel * PANEL, count = p.n - first < PANEL ? p.n - first : PANEL;
         if (bias) add_bias<T>(sums, bias + first, count);
-        return put_n<T>(out + first, sums, count);
+        return put_n<O>(out + first, sums, count);
     }
     int64_t width = p.n / 2, first = panel * HALF, count = width - first < HALF ? width - first : HALF;
     if (bias) {
@@ -162,14 +162,14 @@ template <class T> inline void store_row(const Product& p, T* out, float* sums, 
         add_bias<T>(sums + HALF, bias + width + first, count);
     }
     if (p.finish == PLAIN) {
-        put_n<T>(out + first, sums, count);
-        return put_n<T>(out + width + first, sums + HALF, count);
+        put_n<O>(out + first, sums, count);
+        return put_n<O>(out + width + first, sums + HALF, count);
     }
     f32x16 gate = rounded<T>(load_n<float>(sums, HALF)), up = rounded<T>(load_n<float>(sums + HALF, HALF));
-    store_n<T>(out + first, rounded<T>(activated(gate, p.finish)) * up, int(count));
+    store_n<O>(out + first, rounded<T>(activated(gate, p.finish)) * up, int(count));
 }
 
-template <class T> void product(const Product& p, const Team& team) {
+template <class T, class O> void product(const Product& p, const Team& team) {
     int64_t per_panel = p.is_gated ? HALF : PANEL, features = p.is_gated ? p.n / 2 : p.n;
     int64_t panels = (features + per_panel - 1) / per_panel, elements = panel_elements<T>(p.k);
     int64_t tiles = (p.rows + TILE_ROWS - 1) / TILE_ROWS;
@@ -180,7 +180,7 @@ template <class T> void product(const Product& p, const Team& team) {
                 int64_t row = p.rows * t / tiles, count = p.rows * (t + 1) / tiles - row;
                 tile_for<T>(count)((const T*)p.x + row * p.x_stride, p.x_stride, p.k, (const T*)p.weight + panel * elements, sums);
                 for (int64_t r = 0; r < count; r++)
-                    store_row<T>(p, (T*)p.out + (row + r) * p.out_stride, sums + r * PANEL, panel);
+                    store_row<T, O>(p, (O*)p.out + (row + r) * p.out_stride, sums + r * PANEL, panel);
             }
 }
 
@@ -220,16 +220,20 @@ template <class T> void pack(const Packing& p, const Team& team) {
 
 struct Lookup {
     const int64_t* ids;
-    const void* packed;
+    const void* table;
     void* out;
-    int64_t count, k, is_bf16;
+    int64_t count, k, is_bf16, is_packed;
 };
 
 template <class T> void lookup(const Lookup& l, const Team& team) {
     int64_t side = SIDE<T>;
     for (int64_t i = team.first(l.count); i < team.last(l.count); i++) {
-        const T* from = (const T*)l.packed + l.ids[i] / PANEL * panel_elements<T>(l.k) + l.ids[i] % PANEL * side;
         T* to = (T*)l.out + i * l.k;
+        if (!l.is_packed) {
+            std::memcpy((void*)to, (const T*)l.table + l.ids[i] * l.k, l.k * sizeof(T));
+            continue;
+        }
+        const T* from = (const T*)l.table + l.ids[i] / PANEL * panel_elements<T>(l.k) + l.ids[i] % PANEL * side;
         for (int64_t j = 0; j < l.k; j++) to[j] = from[j / side * PANEL * side + j % side];
     }
 }
@@ -237,10 +241,11 @@ template <class T> void lookup(const Lookup& l, const Team& team) {
 }  // namespace
 
 // x [rows, k] times a packed weight of n features, bias [n] or null -> out: [rows, n], or [rows, n / 2] of a gated weight that is
-// activated (`finish`).
+// activated (`finish`), which is never widened.
 extern "C" void kvloom_product(const void* arguments, const Team& team) {
     const Product& p = *(const Product*)arguments;
-    p.is_bf16 ? product<bf16>(p, team) : product<float>(p, team);
+    if (!p.is_bf16) return product<float, float>(p, team);
+    p.is_widened ? product<bf16, float>(p, team) : product<bf16, bf16>(p, team);
 }
 
 // weight [n, k] -> panels, or back.
@@ -249,7 +254,7 @@ extern "C" void kvloom_pack(const void* arguments, const Team& team) {
     p.is_bf16 ? pack<bf16>(p, team) : pack<float>(p, team);
 }
 
-// Rows `ids` [count] of a packed weight that is not gated -> out [count, k].
+// Rows `ids` [count] of a weight, packed and not gated or as it was -> out [count, k].
 extern "C" void kvloom_lookup(const void* arguments, const Team& team) {
     const Lookup& l = *(const Lookup*)arguments;
     l.is_bf16 ? lookup<bf16>(l, team) : lookup<float>(l, team);
