@@ -21,6 +21,7 @@ from torch import Tensor
 from kvloom.errors import ConfigError, PluginError
 from kvloom.interfaces.model import BuildContext, ForwardContext
 from kvloom.interfaces.quant import LinearShape, ParamSpec
+from kvloom.layers.activation import activation, gated
 from kvloom.layers.base import LoadableModule, dtype_name
 from kvloom.layers.params import in_span, out_spans
 
@@ -127,6 +128,15 @@ class GateUpLinear(LinearLayer):
     def __init__(self, build: BuildContext, prefix: str, in_features: int, features: int, *, bias: bool = False) -> None:
         shards = (("gate", features), ("up", features))
         super().__init__(build, LinearShape(prefix, in_features, shards, "out", build.comm.rank, build.comm.size), bias=bias)
+
+    def gated(self, x: Tensor, name: str, ctx: ForwardContext) -> Tensor:
+        """``activation(gate) * up``: ``[T, in] -> [T, features / size]``, in one step where the method can.
+
+        Args:
+            name: of the activation, as in config.json.
+        """
+        done = None if ctx.adapters is not None else self._method.apply_gated(self._weights, x, self._bias, name)
+        return gated(activation(name), self(x, ctx)) if done is None else done
 
 
 class QKVLinear(LinearLayer):
