@@ -14,17 +14,22 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import kvloom.errors
-from kvloom.config import OTHER_ARGS, RENAMED, SECTIONS, NoEffect, Unsupported
+from kvloom.beam_outputs import BeamSearchOutput, BeamSearchSequence
+from kvloom.config import OTHER_ARGS, RENAMED, SECTIONS, TASK_ARGS, NoEffect, Unsupported
+from kvloom.config.compat import OTHER_METHODS
+from kvloom.config.pooler import PoolerConfig
 from kvloom.errors import RequestError, UnsupportedFeatureError
+from kvloom.llm import LLM
 from kvloom.outputs import CompletionOutput, Logprob, RequestOutput
-from kvloom.params import SamplingParams
+from kvloom.params import BeamSearchParams, PoolingParams, SamplingParams
+from kvloom.structured_outputs import StructuredOutputsParams
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE_ROOTS = ("framework", "builtin_models", "builtin_quant", "builtin_samplers", "plugins", "kernels")
@@ -59,7 +64,8 @@ def parameters() -> str:
         for name, field in section.model_fields.items():
             default = "required" if field.is_required() else f"`{field.get_default(call_default_factory=True)!r}`"
             state, meaning = section.state(name), _cell(field.description or "")
-            rows.append(f"| `{name}` | {default} | {_state(state)} | {meaning} | {_test_of_state(name, state)} |")
+            works = _state(state) + _not_yet(section.not_yet(name))
+            rows.append(f"| `{name}` | {default} | {works} | {meaning} | {_test_of_state(name, state)} |")
     return "\n".join(rows)
 
 
@@ -67,6 +73,8 @@ def other_parameters() -> str:
     """vLLM's names that are no parameters of their own here."""
     rows = ["| name | taken values | state | test |", "|---|---|---|---|"]
     rows += [f"| `{old}` | as `{new}` | works, with a note | {_test('names_of_other_versions')} |" for old, new in RENAMED.items()]
+    rows += [f"| `{name}` | {', '.join(f'`{v!r}`' for v in tasks)} | works, as `task` does | {_test(name)} |"
+             for name, tasks in TASK_ARGS.items()]
     for name, other in OTHER_ARGS.items():
         more = other.state.values if isinstance(other.state, Unsupported) else ()
         taken = "any" if isinstance(other.state, NoEffect) else ", ".join(f"`{v!r}`" for v in (other.default, *more))
@@ -80,6 +88,87 @@ def sampling() -> str:
     for field in fields(SamplingParams):
         state = "works" if _is_taken(field.name) else "unsupported so far"
         rows.append(f"| `{field.name}` | {_default(field)} | {state} | {meanings[field.name]} | {_test(field.name, 'tests/api/')} |")
+    return "\n".join(rows)
+
+
+def methods() -> str:
+    """Methods and properties of `LLM`, with their arguments: meaning and test of each."""
+    rows = ["| method, or its argument | default | meaning | test |", "|---|---|---|---|"]
+    for name, member in _public_members().items():
+        rows.append(f"| `{name}` | | {_summary(member)} | {_test(name, f'tests/api/test_{name}_rows')} |")
+        if isinstance(member, property):
+            continue
+        meanings = _argument_meanings(member)
+        for argument, parameter in inspect.signature(member).parameters.items():
+            if argument != "self":
+                is_required = parameter.default is parameter.empty or type(parameter.default) is object
+                default, test = "" if is_required else f"`{parameter.default!r}`", _test_of_argument(name, argument)
+                rows.append(f"| `{name}` `{argument}` | {default} | {meanings.get(argument, '')} | {test} |")
+    return "\n".join(rows)
+
+
+def other_methods() -> str:
+    """Methods of other versions of vLLM."""
+    rows = ["| method | instead | test |", "|---|---|---|"]
+    rows += [f"| `{name}` | {_cell(instead)} | {_test('methods_of_other_versions')} |" for name, instead in OTHER_METHODS.items()]
+    return "\n".join(rows)
+
+
+def _public_members() -> dict[str, Any]:
+    """What `LLM` and its bases define, in the order of the source, without the flags."""
+    defined = (name for cls in LLM.__mro__[:-1] for name in vars(cls))
+    return {name: getattr(LLM, name) for name in defined if not name.startswith("_") and not name.isupper()}
+
+
+def _summary(member: Any) -> str:
+    """First sentence of a docstring."""
+    text = " ".join((inspect.getdoc(member) or "").split("\n\n")[0].split())
+    return _cell(text.split(". ")[0].removesuffix(".").replace("``", "`"))
+
+
+def _argument_meanings(member: Any) -> dict[str, str]:
+    """Argument -> its meaning in the section Args of a docstring; several may share one entry."""
+    section = (inspect.getdoc(member) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+    found = {}
+    for entry in re.split(r"\n {4}(?=\w)", f"\n{section}")[1:]:
+        names, _, meaning = entry.partition(": ")
+        found.update(dict.fromkeys(names.split(", "), _cell(" ".join(meaning.split()).replace("``", "`").removesuffix("."))))
+    return found
+
+
+def _test_of_argument(method: str, argument: str) -> str:
+    """A test of the method that has the argument in its name, else one that gives it by keyword, else one of `generate`'s where it
+    is the same there, else the method's first."""
+    own, shared = _tests().get(method, []), _tests().get("generate", [])
+    for tests in (own, shared if argument in inspect.signature(LLM.generate).parameters else []):
+        by_name = [t for t in tests if f"_{argument}_" in f"{t.partition('::')[2].replace('__', '_')}_"]
+        by_keyword = [t for t in tests if re.search(rf'\b{argument}=|"{argument}"', _sources()[t])]
+        if found := by_name or by_keyword:
+            return f"`{found[0]}`"
+    return _test(method, "tests/api/")
+
+
+def beam_search() -> str:
+    """Fields of BeamSearchParams with default and test."""
+    rows, meanings = ["| field | default | meaning | test |", "|---|---|---|---|"], _meanings(BeamSearchParams)
+    for field in fields(BeamSearchParams):
+        test = _test(f"beam_search_params_{field.name}", "tests/api/")
+        rows.append(f"| `{field.name}` | {_default(field)} | {meanings[field.name]} | {test} |")
+    return "\n".join(rows)
+
+
+def pooling() -> str:
+    """Fields of PoolingParams with default and test."""
+    rows, meanings = ["| field | default | meaning | test |", "|---|---|---|---|"], _meanings(PoolingParams)
+    rows += [f"| `{field.name}` | {_default(field)} | {meanings[field.name]} | {_test(f'pooling_{field.name}')} |"
+             for field in fields(PoolingParams)]
+    return "\n".join(rows)
+
+
+def pooler() -> str:
+    """Fields of PoolerConfig with test."""
+    rows, meanings = ["| field | meaning | test |", "|---|---|---|"], _documented(PoolerConfig)
+    rows += [f"| `{name}` | {meanings[name]} | {_test(f'pooler_{name}')} |" for name in PoolerConfig.model_fields]
     return "\n".join(rows)
 
 
@@ -111,6 +200,14 @@ def _state(state: NoEffect | Unsupported | None) -> str:
     return "works"
 
 
+def _not_yet(values: Mapping[Any, str]) -> str:
+    """What is said of values that come later."""
+    by_instead: dict[str, list[str]] = {}
+    for value, instead in values.items():
+        by_instead.setdefault(instead, []).append(f"`{value!r}`")
+    return "".join(f"; {', '.join(names)} unsupported so far: {_cell(instead)}" for instead, names in by_instead.items())
+
+
 def _test_of_state(name: str, state: NoEffect | Unsupported | None) -> str:
     if isinstance(state, NoEffect):
         return _test("parameters_without_effect")
@@ -134,6 +231,20 @@ def _tests() -> dict[str, list[str]]:
     return found
 
 
+@cache
+def _sources() -> dict[str, str]:
+    """``path::name`` of every test -> its source."""
+    found = {}
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        text = path.read_text()
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef):
+                first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+                lines = text.splitlines()[first - 1:node.end_lineno]
+                found[f"{path.relative_to(ROOT).as_posix()}::{node.name}"] = "\n".join(lines)
+    return found
+
+
 def missing() -> list[str]:
     """Rows without a test: table and first cell."""
     return [f"{marker}: {row.split(' | ')[0].strip('| ')}" for marker, (_, make) in PARTS.items() for row in make().splitlines()
@@ -142,7 +253,12 @@ def missing() -> list[str]:
 
 def _meanings(cls: type) -> dict[str, str]:
     """Field -> its meaning in the section Args of a class's docstring. Several fields may share one entry."""
-    found = {field.name: "" for field in fields(cls)} | UNDOCUMENTED.get(cls.__name__, {})
+    return _documented(cls, {field.name: "" for field in fields(cls)} | UNDOCUMENTED.get(cls.__name__, {}))
+
+
+def _documented(cls: type, found: dict[str, str] | None = None) -> dict[str, str]:
+    """Name -> meaning, as the section Args says, on top of `found`."""
+    found = {} if found is None else found
     section = (inspect.getdoc(cls) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
     for entry in re.split(r"\n {4}(?=\w)", f"\n{section}")[1:]:
         names, _, meaning = entry.partition(": ")
@@ -178,10 +294,18 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "modules": ("docs/architecture.md", modules),
     "parameters": ("docs/api.md", parameters),
     "other-parameters": ("docs/api.md", other_parameters),
+    "methods": ("docs/api.md", methods),
+    "other-methods": ("docs/api.md", other_methods),
     "sampling": ("docs/api.md", sampling),
+    "structured-outputs": ("docs/api.md", lambda: output_fields(StructuredOutputsParams, "structured_outputs")),
+    "pooling": ("docs/api.md", pooling),
+    "pooler": ("docs/api.md", pooler),
     "request-output": ("docs/api.md", lambda: output_fields(RequestOutput, "request_output")),
     "completion-output": ("docs/api.md", lambda: output_fields(CompletionOutput, "completion_output")),
     "logprob": ("docs/api.md", lambda: output_fields(Logprob, "logprob")),
+    "beam-search": ("docs/api.md", beam_search),
+    "beam-search-output": ("docs/api.md", lambda: output_fields(BeamSearchOutput, "beam_search_output")),
+    "beam-search-sequence": ("docs/api.md", lambda: output_fields(BeamSearchSequence, "beam_search_sequence")),
     "errors": ("docs/errors.md", error_tree),
     "transcript": ("README.md", transcript),
 }

@@ -9,9 +9,25 @@ from pydantic import Field, model_validator
 from kvloom.interfaces.model_config import ModelConfig
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+DEFAULT_LABELS = 2
+"""What transformers assumes where config.json names no labels."""
 
 
-class DecoderConfig(ModelConfig):
+class LabelledConfig(ModelConfig):
+    """A model that may have a label head."""
+
+    id2label: dict[str, str] = Field(default_factory=dict)
+    num_labels: int = Field(default=DEFAULT_LABELS, gt=0, le=2**20)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_labels(cls, data: Any) -> Any:
+        """config.json names the labels rather than counting them."""
+        labels = data.get("id2label") if isinstance(data, dict) else None
+        return {**data, "num_labels": len(labels)} if labels and isinstance(labels, dict) else data
+
+
+class DecoderConfig(LabelledConfig):
     """A decoder of the Llama shape: what the families differ in, as answers that `CausalLM` and its layers ask for."""
 
     layer_types: tuple[str, ...] | None = None

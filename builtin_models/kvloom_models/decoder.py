@@ -14,6 +14,9 @@ from kvloom.interfaces.state import LayerStateSpec
 from kvloom.layers import Embedding, LMHead, RMSNorm, Rotary, Rotation, attention_state
 from kvloom_models.config import DecoderConfig
 
+BASE_NAMES = ("layers.", "embed_tokens.", "norm.")
+"""What tensors of the base model begin with where ``model.`` is left out."""
+
 
 class DecoderLayer(nn.Module):
     """One layer of a `CausalLM`. Made with ``(config, build, index)``; its weights lie under ``model.layers.{index}``."""
@@ -50,8 +53,9 @@ class CausalLM(nn.Module, Model):
         self._stage = stage_layers(config.num_hidden_layers, build.pipeline_rank, build.pipeline_size)
         self.is_first = build.pipeline_rank == 0
         self.is_last = build.pipeline_rank == build.pipeline_size - 1
-        tied = config.tie_word_embeddings
-        if tied:
+        generates = build.task == "generate"
+        tied = config.tie_word_embeddings and generates
+        if config.tie_word_embeddings or not generates:
             self.ignored = (*self.ignored, "lm_head.*")
         self.embed_tokens: Embedding | None = None
         self.norm: RMSNorm | None = None
@@ -63,7 +67,7 @@ class CausalLM(nn.Module, Model):
         self.layers = nn.ModuleList(self.layer_class(config, build, i) for i in self._stage)
         if self.is_last:
             self.norm = RMSNorm(build, "model.norm", config.hidden_size, config.rms_norm_eps)
-        if self.is_last and not tied:
+        if self.is_last and generates and not tied:
             self.lm_head = LMHead(build, "lm_head", config.vocab_size, config.hidden_size)
 
     def forward(self, inputs: ModelInputs, ctx: ForwardContext) -> ModelOutputs:
@@ -99,8 +103,8 @@ class CausalLM(nn.Module, Model):
     def logits(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
         """See `Model.logits`: ``[R, H] -> [R, V]`` in the model's dtype."""
         head = self.lm_head if self.lm_head is not None else self.embed_tokens
-        if head is None:
-            raise InternalError("only the last pipeline stage has logits")
+        if head is None or self._build.task != "generate":
+            raise InternalError("only the last pipeline stage of a model that generates has logits")
         return head.logits(hidden, ctx)
 
     def state_specs(self) -> list[LayerStateSpec]:
@@ -116,6 +120,10 @@ class CausalLM(nn.Module, Model):
         for layer in self._decoder_layers():
             targets |= layer.module_map()
         return targets
+
+    def tensor_name(self, name: str) -> str:
+        """See `Model.tensor_name`: checkpoints of the base model alone, and exports of sentence-transformers, leave ``model.`` out."""
+        return f"model.{name}" if name.startswith(BASE_NAMES) else name
 
     def other_stage_prefixes(self) -> tuple[str, ...]:
         """See `Model.other_stage_prefixes`."""

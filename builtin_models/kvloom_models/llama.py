@@ -12,6 +12,7 @@ from kvloom.interfaces.model import BuildContext, ForwardContext, ModuleTarget
 from kvloom.layers import Attention, GateUpLinear, QKVLinear, RMSNorm, Rotation, RowLinear
 from kvloom_models.config import DecoderConfig
 from kvloom_models.decoder import CausalLM, DecoderLayer
+from kvloom_models.labels import SequenceClassifier
 
 
 class LlamaAttention(nn.Module):
@@ -104,3 +105,13 @@ class LlamaForCausalLM(CausalLM):
     """Llama 2 and 3; also what was saved under this architecture with biases, other head sizes or tied embeddings."""
 
     layer_class = LlamaLayer
+
+
+class LlamaModel(LlamaForCausalLM):
+    """The same without an output head: for embeddings."""
+
+    tasks = ("embed",)
+
+
+class LlamaForSequenceClassification(SequenceClassifier, LlamaForCausalLM):
+    """With a label head on the last token."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvloom.interfaces.model import BuildContext
 from kvloom_models.config import DecoderConfig
 from kvloom_models.decoder import CausalLM
+from kvloom_models.labels import SequenceClassifier
 from kvloom_models.llama import LlamaAttention, LlamaLayer
 
 
@@ -20,3 +21,13 @@ class Qwen3ForCausalLM(CausalLM):
     """What else differs from Llama is in `Qwen3Config`."""
 
     layer_class = Qwen3Layer
+
+
+class Qwen3Model(Qwen3ForCausalLM):
+    """The same without an output head: for embeddings."""
+
+    tasks = ("embed",)
+
+
+class Qwen3ForSequenceClassification(SequenceClassifier, Qwen3ForCausalLM):
+    """With a label head on the last token."""

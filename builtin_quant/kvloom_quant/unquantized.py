@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kvloom.errors import ConfigError
 from kvloom.interfaces.quant import EmbeddingMethod, LinearMethod, LinearShape, ParamSpec, QuantMethod
 from kvloom.layers.base import dtype_name
-from kvloom_kernels.linear import Finish, WeightShape, can_pack, linear_reference, lookup, pack, product, unpack
+from kvloom_kernels.linear import Finish, WeightShape, can_pack, lookup, pack, product, unpack
 
 FINISHES = {"silu": Finish.SILU, "swish": Finish.SILU, "gelu": Finish.GELU, "gelu_pytorch_tanh": Finish.GELU_TANH,
             "gelu_new": Finish.GELU_TANH}
@@ -40,7 +41,7 @@ class PlainLinear(LinearMethod):
         """See `LinearMethod`."""
         if "packed" in params:
             return product(x, params["packed"], self._packed, bias)
-        return linear_reference(x, params["weight"], bias)
+        return functional.linear(x, params["weight"], bias)
 
     def apply_gated(self, params: Mapping[str, Tensor], x: Tensor, bias: Tensor | None, activation: str) -> Tensor | None:
         """See `LinearMethod`."""
@@ -84,7 +85,7 @@ class PlainEmbedding(EmbeddingMethod):
     def logits(self, params: Mapping[str, Tensor], hidden: Tensor, bias: Tensor | None) -> Tensor:
         """See `EmbeddingMethod`."""
         if self._packed is None:
-            return linear_reference(hidden, params["weight"], bias)
+            return functional.linear(hidden, params["weight"], bias)
         return product(hidden, params["weight"], self._packed, bias, widened=True)
 
 

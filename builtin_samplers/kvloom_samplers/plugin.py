@@ -1,17 +1,23 @@
-"""Registers the built-in samplers and logits processors. Imports no torch."""
+"""Registers the built-in samplers, decoders and logits processors. Imports no torch."""
 
 from __future__ import annotations
 
 from kvloom import hookimpl
 from kvloom.interfaces.registrar import Registrar
 
-KVLOOM_API = {"samplers": 0, "logits_processors": 0}
+KVLOOM_API = {"samplers": 0, "decoders": 0, "logits_processors": 0}
 
 
 @hookimpl
 def kvloom_register_samplers(registry: Registrar) -> None:
     """Greedy, and by probability."""
     registry.add("default", "kvloom_samplers.token_sampler:TokenSampler")
+
+
+@hookimpl
+def kvloom_register_decoders(registry: Registrar) -> None:
+    """Beam search."""
+    registry.add("beam_search", "kvloom_samplers.beam_search:BeamSearch")
 
 
 @hookimpl

@@ -9,21 +9,48 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvloom.beam_outputs import BeamSearchOutput, BeamSearchSequence
+    from kvloom.config.pooler import PoolerConfig
     from kvloom.hooks.markers import hookimpl
     from kvloom.llm import LLM
     from kvloom.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-    from kvloom.params import PoolingParams, RequestOutputKind, SamplingParams
+    from kvloom.params import BeamSearchParams, PoolingParams, RequestOutputKind, SamplingParams
+    from kvloom.pooling_outputs import (
+        ClassificationOutput,
+        ClassificationRequestOutput,
+        EmbeddingOutput,
+        EmbeddingRequestOutput,
+        PoolingOutput,
+        PoolingRequestOutput,
+        ScoringOutput,
+        ScoringRequestOutput,
+    )
     from kvloom.prompts import TextPrompt, TokensPrompt
+    from kvloom.structured_outputs import GuidedDecodingParams, StructuredOutputsParams
 
 __all__ = [
     "LLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
+    "ClassificationOutput",
+    "ClassificationRequestOutput",
     "CompletionOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
+    "GuidedDecodingParams",
     "Logprob",
+    "PoolerConfig",
+    "PoolingOutput",
     "PoolingParams",
+    "PoolingRequestOutput",
     "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "ScoringOutput",
+    "ScoringRequestOutput",
+    "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
     "__version__",
@@ -33,7 +60,19 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOME = {
+    "PoolerConfig": "kvloom.config.pooler",
+    "ClassificationOutput": "kvloom.pooling_outputs",
+    "ClassificationRequestOutput": "kvloom.pooling_outputs",
+    "EmbeddingOutput": "kvloom.pooling_outputs",
+    "EmbeddingRequestOutput": "kvloom.pooling_outputs",
+    "PoolingOutput": "kvloom.pooling_outputs",
+    "PoolingRequestOutput": "kvloom.pooling_outputs",
+    "ScoringOutput": "kvloom.pooling_outputs",
+    "ScoringRequestOutput": "kvloom.pooling_outputs",
     "LLM": "kvloom.llm",
+    "BeamSearchOutput": "kvloom.beam_outputs",
+    "BeamSearchParams": "kvloom.params",
+    "BeamSearchSequence": "kvloom.beam_outputs",
     "CompletionOutput": "kvloom.outputs",
     "Logprob": "kvloom.outputs",
     "RequestMetrics": "kvloom.outputs",
@@ -43,6 +82,8 @@ _HOME = {
     "SamplingParams": "kvloom.params",
     "TextPrompt": "kvloom.prompts",
     "TokensPrompt": "kvloom.prompts",
+    "GuidedDecodingParams": "kvloom.structured_outputs",
+    "StructuredOutputsParams": "kvloom.structured_outputs",
     "hookimpl": "kvloom.hooks.markers",
 }
 

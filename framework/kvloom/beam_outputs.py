@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from kvloom.errors import KvloomError
 from kvloom.outputs import Logprob
 
 
@@ -13,11 +14,11 @@ class BeamSearchSequence:
     """One beam.
 
     Args:
-        tokens: the prompt's and the generated ones.
+        tokens: the prompt's and the generated ones, a final end token included.
         logprobs: candidates of each generated token.
-        cum_logprob: sum of the generated tokens' log-probabilities.
+        cum_logprob: sum of the generated tokens' log-probabilities, that of a final end token included.
         text: of all `tokens`, the prompt's too; None while it grows.
-        finish_reason, stop_reason: as in `CompletionOutput`.
+        finish_reason, stop_reason: None, as in vLLM.
         multi_modal_data, mm_processor_kwargs, lora_request: of prompts that have such things.
     """
 
@@ -34,6 +35,12 @@ class BeamSearchSequence:
 
 @dataclass
 class BeamSearchOutput:
-    """The best beams of one prompt, best first."""
+    """The best beams of one prompt.
+
+    Args:
+        sequences: best first.
+        error: why the request failed, with ``on_error="return"``; there are no sequences then.
+    """
 
     sequences: list[BeamSearchSequence]
+    error: KvloomError | None = None

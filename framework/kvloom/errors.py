@@ -4,6 +4,7 @@ KvloomError
 ├── ConfigError (ValueError)               a parameter or configuration value is wrong, before anything was built
 │   ├── UnknownKeyError                    a key that does not exist, with the near name
 │   ├── UnsupportedFeatureError            a value that kvloom does not support so far; says what works
+│   ├── UnsupportedMethodError (AttributeError)  a method of another version of vLLM, with what to use here
 │   └── MemoryPlanError                    weights, activations and KV cache do not fit; the message is the table
 ├── ModelError (ValueError)                the model directory cannot be used
 │   ├── UnsupportedArchitectureError       no registered model has this architecture
@@ -17,8 +18,10 @@ KvloomError
 │   └── ManifestMismatchError              a worker resolved other plugins than the engine
 ├── RequestError                           one request; its neighbours are untouched
 │   ├── RequestValidationError (ValueError)  has .parameter and .value
+│   │   └── LocalMediaError (RuntimeError)  a local media file that may not be read
 │   ├── RequestTypeError (TypeError)       has .parameter and .value
 │   └── RequestFailedError                 it failed while it ran; the cause is the plugin's or the model's exception
+├── EngineStateError (RuntimeError)        not now: it sleeps, requests are under way, a late call still runs, ...
 ├── EngineClosedError                      the engine was closed
 └── InternalError                          a bug of ours; please report it with the traceback
 
@@ -88,6 +91,10 @@ class UnsupportedFeatureError(ConfigError):
         self.parameter, self.value, self.works = parameter, value, works
 
 
+class UnsupportedMethodError(ConfigError, AttributeError):
+    """A method of another version of vLLM, with what to use here."""
+
+
 class MemoryPlanError(ConfigError):
     """The model, its activations and the KV cache do not fit. The message is the plan's table and the value that would work."""
 
@@ -148,12 +155,20 @@ class RequestValidationError(_ArgumentError, ValueError):
     """A request's value is out of range, empty, too long or contradictory. Has ``.parameter`` and ``.value``."""
 
 
+class LocalMediaError(RequestValidationError, RuntimeError):
+    """A message names a local file, and ``allowed_local_media_path`` is empty or elsewhere."""
+
+
 class RequestTypeError(_ArgumentError, TypeError):
     """A request's argument has the wrong type. Has ``.parameter`` and ``.value``."""
 
 
 class RequestFailedError(RequestError):
     """A request failed while it ran. ``__cause__`` is what went wrong; the other requests go on."""
+
+
+class EngineStateError(KvloomError, RuntimeError):
+    """The engine cannot do this in the state that it is in. The message names the state and what leads out of it; nothing was done."""
 
 
 class EngineClosedError(KvloomError):

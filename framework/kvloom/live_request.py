@@ -5,13 +5,35 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from kvloom.core import Request
+from kvloom.decoding import Decoding
+from kvloom.errors import KvloomError
+from kvloom.interfaces import Tokenizer
 from kvloom.outputs import RequestOutput
+from kvloom.params import PoolingParams, SamplingParams
+from kvloom.pooling_outputs import PoolingRequestOutput
+from kvloom.pooling_results import pooling_output, pooling_refusal
+from kvloom.text.output import request_output, request_refusal
 from kvloom.text.sequence_text import SequenceText
 
+Params = SamplingParams | PoolingParams | Decoding
+Output = RequestOutput | PoolingRequestOutput[Any]
 OnText = Callable[[int, str], object]
 """``(completion index, new text)``."""
+
+
+class MakeOutput(NamedTuple):
+    """What callers get of one kind of request: ``ended`` of one that is over, ``refused`` of one that has no result."""
+
+    ended: Callable[[LiveRequest, Tokenizer | None, KvloomError | None], Output]
+    refused: Callable[[LiveRequest, KvloomError], Output]
+
+    @classmethod
+    def of(cls, params: Params) -> MakeOutput:
+        """The kind that the caller's parameters say."""
+        return cls(pooling_output, pooling_refusal) if isinstance(params, PoolingParams) else cls(request_output, request_refusal)
 
 
 @dataclass(slots=True)
@@ -37,6 +59,7 @@ class LiveRequest:
         prompt: its text, if there is one.
         place: which of its call's prompts it is.
         call: which call it belongs to.
+        output: makes its output.
         on_text: told of new text as it comes.
         texts: of its sequences to be, see `LiveSequence`.
         num_running: sequences that are not over.
@@ -46,6 +69,7 @@ class LiveRequest:
     prompt: str | None
     place: int
     call: Call
+    output: MakeOutput
     on_text: OnText | None = None
     texts: list[SequenceText | None] = field(default_factory=list)
     sequences: list[LiveSequence] = field(default_factory=list)
@@ -57,7 +81,7 @@ class Call:
 
     def __init__(self) -> None:
         self.pending: dict[int, LiveRequest] = {}
-        self._done: deque[tuple[int, RequestOutput]] = deque()
+        self._done: deque[tuple[int, Output]] = deque()
 
     @property
     def num_unfinished(self) -> int:
@@ -69,12 +93,12 @@ class Call:
         """Requests without an output, and outputs that were not taken."""
         return len(self.pending) + len(self._done)
 
-    def deliver(self, place: int, output: RequestOutput) -> None:
+    def deliver(self, place: int, output: Output) -> None:
         """A request ended, or was refused."""
         self.pending.pop(place, None)
         self._done.append((place, output))
 
-    def take(self) -> Iterator[tuple[int, RequestOutput]]:
-        """``(place, output)`` of what ended since the last time."""
+    def take(self) -> Iterator[tuple[int, Any]]:
+        """``(place, output)`` of what ended since the last time; the output's class goes with the parameters that were submitted."""
         while self._done:
             yield self._done.popleft()

@@ -7,26 +7,33 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, ParamSpec, Self, TypeVar
+from typing import Any, ClassVar, ParamSpec, Self
 
+from kvloom.beam_outputs import BeamSearchOutput
+from kvloom.beam_search import search
+from kvloom.calls import iterate, run
 from kvloom.config import EngineConfig
-from kvloom.errors import EngineClosedError, RequestValidationError, UnsupportedFeatureError
-from kvloom.live_request import Call
+from kvloom.decoding import Decoding
+from kvloom.errors import EngineClosedError, RequestValidationError
+from kvloom.interfaces import GrammarProblem
+from kvloom.maintenance import Maintenance
+from kvloom.other_versions import OtherVersions
 from kvloom.outputs import RequestOutput
 from kvloom.param_checks import check_int
 from kvloom.params import SamplingParams
-from kvloom.progress import Progress
-from kvloom.prompts import LazyPrompt, legacy_prompts, split_prompts
-from kvloom.request_arguments import OnError, check_on_error, one_each, pair_up, priorities_each
+from kvloom.pooling_calls import NOT_GIVEN, PoolingCalls, prompts_of
+from kvloom.prompts import LazyPrompt, split_prompts
+from kvloom.request_arguments import OnError, check_on_error, one_each, pair_up, priorities_each, refuse_later
 from kvloom.running import RunningEngine
 from kvloom.start_report import PhaseTimer
 from kvloom.startup import start_engine
+from kvloom.structured_outputs import StructuredOutputsParams, from_legacy
 from kvloom.text.chat import ChatOptions, ContentFormat, RenderedChat, split_conversations
+from kvloom.text.tokenization import cut_prompt, read_truncation
 
 P = ParamSpec("P")
-R = TypeVar("R")
-_NOT_GIVEN: Any = object()
 
 
 def _warn_positional(init: Callable[P, None]) -> Callable[P, None]:
@@ -41,7 +48,7 @@ def _warn_positional(init: Callable[P, None]) -> Callable[P, None]:
     return wrapper
 
 
-class LLM:
+class LLM(PoolingCalls, Maintenance, OtherVersions):
     """A model, its tokenizer and its KV cache, ready to generate. Parameter names and meanings are vLLM's; docs/api.md lists
     each with its state. Every keyword of docs/api.md is taken, unknown ones are a TypeError.
 
@@ -92,6 +99,10 @@ class LLM:
 
         Only built-in plugins and those that the file names under ``plugins:`` run.
 
+        Args:
+            path: of the file.
+            overrides: the constructor's arguments, on top.
+
         Raises:
             UnknownKeyError: ``file:line: unknown key`` with the near name.
         """
@@ -114,7 +125,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Any = _NOT_GIVEN,
+        prompts: Any = NOT_GIVEN,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         prompt_token_ids: Any = None,
         use_tqdm: bool | Callable[..., Any] = True,
@@ -123,6 +134,7 @@ class LLM:
         guided_options_request: Any = None,
         priority: int | Sequence[int] | None = None,
         *,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
         on_error: OnError = "raise",
     ) -> list[RequestOutput]:
         """Complete prompts; results in their order. The caller's objects are not changed.
@@ -134,20 +146,26 @@ class LLM:
             sampling_params: one for all, or one a prompt; None takes `get_default_sampling_params`.
             prompt_token_ids: of older versions: token ids beside or instead of `prompts`.
             use_tqdm: show a progress bar, or a function that makes one.
+            lora_request, prompt_adapter_request: unsupported so far unless None.
+            guided_options_request: of older versions: what the outputs must be, instead of ``structured_outputs``.
             priority: lower is served earlier, with ``scheduling_policy="priority"``; one for all or one a prompt.
+            tokenization_kwargs: how prompts are cut: ``truncate_prompt_tokens``, or ``truncation`` and ``max_length``, and
+                ``truncation_side``.
             on_error: "return" puts an output with ``error`` in the place of a request that cannot be served or that fails.
 
         Raises:
             RequestValidationError, RequestTypeError: a bad prompt or parameter; nothing was computed.
             RequestFailedError: a request failed while it ran.
         """
-        _refuse_later(lora_request=lora_request, prompt_adapter_request=prompt_adapter_request,
-                      guided_options_request=guided_options_request)
-        items = self._prompts(prompts, prompt_token_ids)
+        self.llm_engine.rules.check_generates()
+        refuse_later(lora_request=lora_request, prompt_adapter_request=prompt_adapter_request)
+        items = _cut(prompts_of(prompts, prompt_token_ids, warn=self.DEPRECATE_LEGACY), tokenization_kwargs)
         check_on_error(on_error)
         engine = self.llm_engine
         params = one_each(len(items), sampling_params, engine.defaults)
-        return self._run(engine, items, params, priorities_each(len(items), priority), use_tqdm, on_error)
+        if guided_options_request is not None:
+            params = self._guided(params, guided_options_request)
+        return run(engine, items, params, priorities_each(len(items), priority), use_tqdm, on_error)
 
     def generate_iter(
         self,
@@ -173,11 +191,44 @@ class LLM:
             RequestValidationError, RequestTypeError: as in `generate`; bad prompts raise when they are read.
         """
         check_on_error(on_error)
+        self.llm_engine.rules.check_generates()
         (checked_priority,) = priorities_each(1, priority)
         engine = self.llm_engine
         bound = 2 * engine.config.scheduler.max_num_seqs if max_in_flight is None else check_int("max_in_flight", max_in_flight, 1)
         pairs = pair_up(prompts, sampling_params, engine.defaults)
-        return self._iterate(engine, pairs, bound, checked_priority, on_error)
+        return iterate(engine, pairs, bound, checked_priority, on_error)
+
+    def beam_search(
+        self,
+        prompts: Any,
+        params: Any,
+        lora_request: Any = None,
+        use_tqdm: bool | Callable[..., Any] = False,
+        concurrency_limit: int | None = None,
+        *,
+        decoder: str = "beam_search",
+        priority: int | Sequence[int] | None = None,
+        on_error: OnError = "raise",
+    ) -> list[BeamSearchOutput]:
+        """Find the most probable continuations of prompts; results in their order, sequences best first.
+
+        Args:
+            prompts: as in `generate`.
+            params: `BeamSearchParams`, one for all; or what another `decoder` takes.
+            concurrency_limit: prompts that are under way at a time; None sets no bound but the scheduler's.
+            decoder: name of a decoding algorithm that a plugin registered.
+            use_tqdm, priority, on_error: as in `generate`.
+
+        Raises:
+            RequestValidationError, RequestTypeError: a bad prompt or parameter; nothing was computed.
+            RequestFailedError: a request failed while it ran.
+        """
+        refuse_later(lora_request=lora_request)
+        items = split_prompts(prompts)
+        check_on_error(on_error)
+        engine = self.llm_engine
+        decoding = Decoding(engine.decoder(decoder), params)
+        return search(engine, items, decoding, priorities_each(len(items), priority), use_tqdm, concurrency_limit, on_error)
 
     def chat(
         self,
@@ -193,6 +244,7 @@ class LLM:
         mm_processor_kwargs: Any = None,
         *,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
         priority: int | Sequence[int] | None = None,
         on_error: OnError = "raise",
         dry_run: bool = False,
@@ -201,20 +253,22 @@ class LLM:
 
         Args:
             messages: a list of ``{"role": ..., "content": ...}``, or a list of such lists.
-            chat_template: Jinja text or a file instead of the model's own.
+            chat_template: Jinja text or a file instead of the engine's (``LLM(chat_template=...)``) or the model's own.
             chat_template_content_format: how contents reach the template: "string", "openai" (lists of parts), or as it takes them.
             add_generation_prompt: end with the beginning of the assistant's message.
             continue_final_message: go on with the last message instead.
             tools: JSON objects that describe functions, for the template.
             chat_template_kwargs: further variables of the template.
             dry_run: give text and ids of each prompt, and compute nothing.
-            sampling_params, use_tqdm, priority, on_error: as in `generate`.
+            sampling_params, use_tqdm, tokenization_kwargs, priority, on_error: as in `generate`.
+            lora_request, mm_processor_kwargs: unsupported so far unless None.
 
         Raises:
             RequestValidationError, RequestTypeError: no template, one that refuses the messages or takes too long, or bad messages.
             RequestFailedError: a request failed while it ran.
         """
-        _refuse_later(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        self.llm_engine.rules.check_generates()
+        refuse_later(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
         check_on_error(on_error)
         engine = self.llm_engine
         options = ChatOptions(chat_template, chat_template_content_format, add_generation_prompt, continue_final_message, tools,
@@ -223,8 +277,8 @@ class LLM:
         if dry_run:
             return [engine.chat.render(c, options) for c in conversations]
         params = one_each(len(conversations), sampling_params, engine.defaults)
-        items = [LazyPrompt(functools.partial(engine.chat.prompt, c, options)) for c in conversations]
-        return self._run(engine, items, params, priorities_each(len(items), priority), use_tqdm, on_error)
+        items = _cut([LazyPrompt(functools.partial(engine.chat.prompt, c, options)) for c in conversations], tokenization_kwargs)
+        return run(engine, items, params, priorities_each(len(items), priority), use_tqdm, on_error)
 
     @classmethod
     @contextmanager
@@ -237,42 +291,35 @@ class LLM:
         finally:
             cls.DEPRECATE_LEGACY = before
 
-    def _prompts(self, prompts: Any, prompt_token_ids: Any) -> list[Any]:
-        """One item a prompt, from today's or yesterday's arguments."""
-        if prompt_token_ids is None:
-            if prompts is _NOT_GIVEN:
-                raise RequestValidationError("Either prompts or prompt_token_ids must be provided.", "prompts")
-            return split_prompts(prompts)
+    def _guided(self, params: Sequence[SamplingParams], request: object) -> list[SamplingParams]:
+        """Copies that ask for what `guided_options_request` does."""
         if self.DEPRECATE_LEGACY:
-            warnings.warn("prompt_token_ids is deprecated: give [{'prompt_token_ids': [...]}, ...] as prompts", DeprecationWarning,
+            warnings.warn("guided_options_request is deprecated: use SamplingParams(structured_outputs=...)", DeprecationWarning,
                           stacklevel=3)
-        return legacy_prompts(None if prompts is _NOT_GIVEN else prompts, prompt_token_ids)
+        asked = from_legacy(request)
+        if any(p.structure is not None for p in params):
+            raise RequestValidationError("Cannot set both guided_options_request and sampling_params.guided_decoding (or "
+                                         "structured_outputs).", "guided_options_request", request)
+        return [replace(p, guided_decoding=asked) for p in params]
+
+    def validate_grammar(self, structure: StructuredOutputsParams) -> list[GrammarProblem]:
+        """What the grammar backend cannot enforce: where (JSON pointer), which keyword, why. Empty: requests with it are taken.
+
+        Args:
+            structure: as a request would give it.
+
+        Raises:
+            RequestValidationError: it breaks a limit, or is no grammar at all.
+        """
+        rules = self.llm_engine.rules
+        if rules.grammars is None:
+            rules.need_tokenizer("structured output", "structured_outputs")
+            return []
+        return rules.grammars.validate(structure)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What ``sampling_params=None`` means: what generation_config.json says, on top of ``SamplingParams()``. A new object."""
         return self.llm_engine.defaults.clone()
-
-    def get_tokenizer(self) -> Any:
-        """The tokenizer library's own object."""
-        return self.llm_engine.rules.need_tokenizer("get_tokenizer()").underlying
-
-    def collective_rpc(self, method: str | Callable[..., R], timeout: float | None = None, args: Sequence[Any] = (),
-                       kwargs: Mapping[str, Any] | None = None) -> list[R]:
-        """Call a worker's method by name, or a function with the worker as its first argument; one result a worker, by rank.
-
-        Raises:
-            AttributeError: workers have no such method.
-            UnsupportedFeatureError: a timeout, with an executor that cannot interrupt a call (workers in this process).
-        """
-        return self.llm_engine.executor.call(method, timeout, args, kwargs)
-
-    def apply_model(self, function: Callable[[Any], R]) -> list[R]:
-        """Call `function` with the torch module on every worker, in process; one result a worker."""
-        return self.llm_engine.executor.call(lambda worker: function(worker.model))
-
-    def reset_prefix_cache(self) -> bool:
-        """Forget cached prefixes. False, and nothing happens, while requests hold blocks."""
-        return self.llm_engine.reset_prefix_cache()
 
     def close(self) -> None:
         """Give back the model's and the cache's memory. Calling it twice is fine."""
@@ -286,46 +333,6 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run(self, engine: RunningEngine, items: Sequence[Any], params: Sequence[SamplingParams], priorities: Sequence[int],
-             use_tqdm: bool | Callable[..., Any], on_error: OnError) -> list[RequestOutput]:
-        """Submit, and step until the requests are done; on any exception forget them all."""
-        call = Call()
-        outputs: dict[int, RequestOutput] = {}
-        try:
-            engine.submit(call, items, params, priorities, return_errors=on_error == "return")
-            with Progress(len(items), use_tqdm) as progress:
-                while True:
-                    for place, output in call.take():
-                        outputs[place] = _unless_failed(output, on_error)
-                        progress.finished(output)
-                    if not call.num_unfinished:
-                        break
-                    engine.step()
-        finally:
-            engine.abort(call)
-        return [outputs[place] for place in range(len(items))]
-
-    def _iterate(self, engine: RunningEngine, pairs: Iterator[tuple[Any, SamplingParams]], bound: int, priority: int,
-                 on_error: OnError) -> Iterator[RequestOutput]:
-        call, place, exhausted = Call(), 0, False
-        try:
-            while True:
-                for _, output in call.take():  # before more is read: what is read may raise
-                    yield _unless_failed(output, on_error)
-                while not exhausted and call.num_open < bound:
-                    pair = next(pairs, None)
-                    if pair is None:
-                        exhausted = True
-                    else:
-                        engine.submit(call, [pair[0]], [pair[1]], [priority], return_errors=on_error == "return", first_place=place)
-                        place += 1
-                if call.num_unfinished:
-                    engine.step()
-                elif exhausted and not call.num_open:
-                    return
-        finally:
-            engine.abort(call)
-
 
 def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those constructor arguments that are not the defaults, so that `kvloom config show` and the log speak of what was given."""
@@ -334,14 +341,6 @@ def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
             if name in parameters and name not in ("self", "kwargs") and value is not parameters[name].default}
 
 
-def _unless_failed(output: RequestOutput, on_error: OnError) -> RequestOutput:
-    if output.error is not None and on_error == "raise":
-        raise output.error
-    return output
-
-
-def _refuse_later(**arguments: Any) -> None:
-    """Raises `UnsupportedFeatureError` for the first that was given."""
-    for name, value in arguments.items():
-        if value is not None:
-            raise UnsupportedFeatureError(name, value, "leave it out")
+def _cut(items: list[Any], tokenization_kwargs: Mapping[str, Any] | None) -> list[Any]:
+    truncation = read_truncation(tokenization_kwargs)
+    return items if truncation is None else [cut_prompt(item, truncation) for item in items]

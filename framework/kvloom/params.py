@@ -1,4 +1,4 @@
-"""Parameters of a request: `SamplingParams` and `PoolingParams`. Field names, order and defaults are vLLM's.
+"""Parameters of a request: `SamplingParams`, `BeamSearchParams` and `PoolingParams`. Field names, order and defaults are vLLM's.
 
 Values are checked when the object is made and once more at admission (the object is mutable, as vLLM's is); the engine
 works on its own copy. No NaN, no infinity, no bool where a number belongs.
@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any, Self
 
-from kvloom.errors import RequestValidationError, UnsupportedFeatureError, shown
+from kvloom.errors import RequestValidationError, shown
 from kvloom.logs import get_logger
 from kvloom.param_checks import (
     check_bias,
@@ -24,6 +24,8 @@ from kvloom.param_checks import (
     check_number,
     check_texts,
 )
+from kvloom.pooling_params import PoolingParams
+from kvloom.structured_outputs import StructuredOutputsParams
 
 MAX_SEQUENCES_PER_REQUEST = 16384
 """Bound of n and best_of."""
@@ -41,6 +43,10 @@ MAX_TEXT_LENGTH = 1024
 """Bound of the characters of a stop string or bad word."""
 MAX_ID_DIGITS = 20
 """Longer texts are no token ids."""
+MAX_BEAM_WIDTH = 1024
+"""Bound of the beam width."""
+MAX_LENGTH_PENALTY = 16.0
+"""Bound of a length penalty, of either sign: powers of lengths stay finite."""
 BIAS_RANGE = 100.0
 """`SamplingParams.from_optional` clamps biases to [-100, 100], as OpenAI's API does."""
 
@@ -83,14 +89,15 @@ class SamplingParams:
         include_stop_str_in_output: keep the stop string (or the stop token's text) in the text.
         truncate_prompt_tokens: keep only the last so many prompt tokens; -1: as many as leave room for one output token.
         output_kind: taken and copied; `LLM` returns finished outputs only.
-        guided_decoding: not supported so far.
+        guided_decoding: what the output must look like, see `StructuredOutputsParams`; the older name of structured_outputs.
         logit_bias: token id -> number that is added.
         allowed_token_ids: all others are forbidden.
         extra_args: name of a logits processor -> its parameters.
+        structured_outputs: what the output must look like, see `StructuredOutputsParams`.
 
     Raises:
         RequestValidationError: a value is out of range or of the wrong type.
-        UnsupportedFeatureError: structured output, so far.
+        UnsupportedFeatureError: see `StructuredOutputsParams`.
     """
 
     n: int = 1
@@ -118,10 +125,11 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     truncate_prompt_tokens: int | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
-    guided_decoding: Any = None
+    guided_decoding: StructuredOutputsParams | None = None
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
     extra_args: dict[str, Any] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         self.validate()
@@ -146,8 +154,8 @@ class SamplingParams:
                 raise RequestValidationError("n and best_of must be 1 when temperature is 0: all greedy completions are the same",
                                              "n", self.num_sequences)
             self.top_p, self.top_k, self.min_p = 1.0, -1, 0.0
-        if self.guided_decoding is not None:
-            raise UnsupportedFeatureError("guided_decoding", self.guided_decoding, "leave it at None")
+        if self.structure is not None:
+            self.structure.spec()
 
     def _check_numbers(self) -> None:
         self.temperature = check_number("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
@@ -202,6 +210,19 @@ class SamplingParams:
         check_texts("bad_words", () if self.bad_words is None else self.bad_words, MAX_BAD_WORDS, MAX_TEXT_LENGTH)
         if self.stop_strings and not self.detokenize:
             raise RequestValidationError("stop strings are found in text, so they need detokenize=True", "stop", self.stop)
+
+    @property
+    def structure(self) -> StructuredOutputsParams | None:
+        """`guided_decoding` or `structured_outputs`. Raises `RequestValidationError` when both were given, or something else."""
+        if self.guided_decoding is not None and self.structured_outputs is not None:
+            raise RequestValidationError("guided_decoding and structured_outputs mean the same; give one of them", "structured_outputs",
+                                         self.structured_outputs)
+        name = "guided_decoding" if self.structured_outputs is None else "structured_outputs"
+        given = getattr(self, name)
+        if given is not None and not isinstance(given, StructuredOutputsParams):
+            raise RequestValidationError(f"{name} must be a StructuredOutputsParams or GuidedDecodingParams, got {shown(given)}", name,
+                                         given)
+        return given
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -273,11 +294,46 @@ def field_names() -> list[str]:
 
 
 @dataclass
-class PoolingParams:
-    """How to pool. Pooling tasks are not built yet: the class is here because a `Step` carries it."""
+class BeamSearchParams:
+    """How to search. Positional in field order, as vLLM's.
 
-    task: str = "embed"
-    dimensions: int | None = None
+    Args:
+        beam_width: sequences that are followed and returned; each step looks at twice as many next tokens of each, so ``max_logprobs``
+            bounds it.
+        max_tokens: most output tokens of a sequence. Every beam runs so far, or as far as the model's length goes, unless it ends.
+        ignore_eos: end tokens are tokens like others.
+        temperature: log-probabilities are of logits divided by it, at most 2; 0 and 1 leave them alone.
+        length_penalty: scores are cumulative log-probabilities over the number of tokens, the prompt's too, to this power, which is
+            in [-16, 16].
+        include_stop_str_in_output: keep the text of a final end token.
+        skip_special_tokens: leave special tokens out of the text.
+
+    Raises:
+        RequestValidationError: a value is out of range or of the wrong type.
+    """
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every field. Called at construction and at admission."""
+        self.beam_width = check_int("beam_width", self.beam_width, 1, MAX_BEAM_WIDTH)
+        self.max_tokens = check_int("max_tokens", self.max_tokens, 1)
+        self.temperature = check_number("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise RequestValidationError(f"temperature must be 0 or at least {MIN_TEMPERATURE}, got {self.temperature}", "temperature",
+                                         self.temperature)
+        self.length_penalty = check_number("length_penalty", self.length_penalty, -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY)
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            check_bool(name, getattr(self, name))
 
 
-__all__ = ["PoolingParams", "RequestOutputKind", "SamplingParams", "field_names"]
+__all__ = ["BeamSearchParams", "PoolingParams", "RequestOutputKind", "SamplingParams", "field_names"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from kvloom.errors import KvloomError, RequestValidationError
+from kvloom.outputs import RequestMetrics
 
 
 class PooledData(Protocol):
@@ -114,17 +115,19 @@ class PoolingRequestOutput(Generic[T]):
         prompt_token_ids: as computed, with whatever the tokenizer added.
         finished: True for everything that `LLM` returns.
         num_cached_tokens: prompt tokens taken from the prefix cache.
-        error: why it failed, where errors are returned.
+        error: why it failed, where errors are returned; `outputs` is None then.
+        metrics: see `RequestMetrics`; set for everything that `LLM` returns.
     """
 
     def __init__(self, request_id: str, outputs: T, prompt_token_ids: list[int], finished: bool, num_cached_tokens: int = 0,
-                 error: KvloomError | None = None) -> None:
+                 error: KvloomError | None = None, metrics: RequestMetrics | None = None) -> None:
         self.request_id = request_id
         self.outputs: T = outputs
         self.prompt_token_ids = prompt_token_ids
         self.finished = finished
         self.num_cached_tokens = num_cached_tokens
         self.error = error
+        self.metrics = metrics
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())

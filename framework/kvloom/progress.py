@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from kvloom.errors import RequestTypeError
 from kvloom.outputs import RequestOutput
+from kvloom.pooling_outputs import PoolingRequestOutput
 
 MakeBar = Callable[..., Any]
 """Makes a bar; called as tqdm is: ``total, desc, dynamic_ncols, postfix``."""
@@ -35,12 +36,12 @@ class Progress:
         self._started_s = time.monotonic()
         self._input_tokens = self._output_tokens = 0
 
-    def finished(self, output: RequestOutput) -> None:
+    def finished(self, output: RequestOutput | PoolingRequestOutput[Any]) -> None:
         """One request more."""
         if self._bar is None:
             return
         self._input_tokens += len(output.prompt_token_ids)
-        self._output_tokens += output.metrics.num_generation_tokens
+        self._output_tokens += output.metrics.num_generation_tokens if output.metrics is not None else 0
         self._bar.postfix = _speed(self._input_tokens, self._output_tokens, max(time.monotonic() - self._started_s, 1e-9))
         self._bar.update(1)
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NotRequired, TypedDict
 
 from kvloom.errors import RequestTypeError, RequestValidationError, UnsupportedFeatureError, shown
 from kvloom.param_checks import is_unicode
 
 FORMS = "a text, a list of token ids, {'prompt': text}, {'prompt_token_ids': [...]}, or a list of these"
-LATER_KEYS = ("multi_modal_data", "mm_processor_kwargs", "token_type_ids", "prompt_embeds", "multi_modal_uuids")
+LATER_KEYS = ("multi_modal_data", "mm_processor_kwargs", "prompt_embeds", "multi_modal_uuids")
 """Keys of vLLM's prompt dicts that are not supported so far."""
+EXTRA_KEYS = ("token_type_ids",)
+"""Keys of integers that go with the token ids, one each."""
 ENCODER_KEYS = ("encoder_prompt", "decoder_prompt")
 """Keys of prompts for encoder-decoder models."""
 MAX_SALT_LENGTH = 1024
@@ -26,20 +28,44 @@ class TextPrompt(TypedDict):
 
 
 class TokensPrompt(TypedDict):
-    """Token ids, taken as they are; `prompt` is their text if the caller knows it."""
+    """Token ids, taken as they are; `prompt` is their text if the caller knows it.
+
+    `token_type_ids` says of each which text of a pair it belongs to, for models that have token types.
+    """
 
     prompt_token_ids: list[int]
+    token_type_ids: NotRequired[list[int]]
     prompt: NotRequired[str]
     cache_salt: NotRequired[str]
 
 
 @dataclass(frozen=True, slots=True)
+class Truncation:
+    """How a prompt is cut.
+
+    Args:
+        tokens: that are kept; -1: as many as leave room for one output token.
+        keep_end: the last ones, else the first ones.
+    """
+
+    tokens: int
+    keep_end: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class ParsedPrompt:
-    """One prompt: text that is still to be encoded, or token ids, or both."""
+    """One prompt: text that is still to be encoded, or token ids, or both.
+
+    Args:
+        truncation: how it is cut; None: as the parameters say.
+        extras: see `NewSequence`; as long as the token ids.
+    """
 
     text: str | None
     token_ids: tuple[int, ...] | None
     cache_salt: str = ""
+    truncation: Truncation | None = None
+    extras: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +116,7 @@ def _parse_mapping(prompt: Mapping[Any, Any]) -> ParsedPrompt:
                                    key)
         if key in LATER_KEYS and prompt[key] is not None:
             raise UnsupportedFeatureError(f"prompt[{key!r}]", prompt[key], "leave it out")
-        if key not in ("prompt", "prompt_token_ids", "cache_salt", *LATER_KEYS):
+        if key not in ("prompt", "prompt_token_ids", "cache_salt", *EXTRA_KEYS, *LATER_KEYS):
             raise RequestTypeError(f"a prompt has no key {shown(key)}; it must contain text, tokens, or embeddings: kvloom takes "
                                    "'prompt' and 'prompt_token_ids'", "prompts", key)
     text, ids, salt = prompt.get("prompt"), prompt.get("prompt_token_ids"), prompt.get("cache_salt")
@@ -104,7 +130,19 @@ def _parse_mapping(prompt: Mapping[Any, Any]) -> ParsedPrompt:
     if text is None and ids is None:
         raise RequestTypeError("a prompt must contain text, tokens, or embeddings: give 'prompt' or 'prompt_token_ids'", "prompts",
                                dict(prompt))
-    return ParsedPrompt(text, None if ids is None else _token_ids(ids), salt or "")
+    token_ids = None if ids is None else _token_ids(ids)
+    extras = {key: _extra(key, prompt[key], token_ids) for key in EXTRA_KEYS if prompt.get(key) is not None}
+    return ParsedPrompt(text, token_ids, salt or "", extras=extras)
+
+
+def _extra(name: str, values: Any, token_ids: tuple[int, ...] | None) -> tuple[int, ...]:
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes) or not all(_is_int(i) for i in values):
+        raise RequestTypeError(f"{name} must be a list of integers", name, values)
+    if token_ids is None:
+        raise RequestValidationError(f"{name} need the prompt_token_ids that they go with", name, values)
+    if len(values) != len(token_ids):
+        raise RequestValidationError(f"{name} must be as many as prompt_token_ids: {len(values)} and {len(token_ids)}", name, values)
+    return tuple(values)
 
 
 def _text(text: str) -> str:
@@ -132,6 +170,21 @@ def check_token_ids(token_ids: Sequence[int], vocab_size: int) -> None:
     bad = next(i for i in token_ids if not 0 <= i < vocab_size)
     raise RequestValidationError(f"Token id {shown(bad)} is out of vocabulary: ids of this model are 0 to {vocab_size - 1}",
                                  "prompt_token_ids", bad)
+
+
+def check_extras(extras: Mapping[str, Sequence[int]], bounds: Mapping[str, int]) -> None:
+    """Integers that go with the tokens are such as the model takes: see `Model.extra_inputs`.
+
+    Raises:
+        UnsupportedFeatureError: the model takes none of this name.
+        RequestValidationError: one is out of range.
+    """
+    for name, values in extras.items():
+        if name not in bounds:
+            raise UnsupportedFeatureError(f"prompt[{name!r}]", list(values[:8]), "this model takes none; leave it out")
+        bad = next((i for i in values if not 0 <= i < bounds[name]), None)
+        if bad is not None:
+            raise RequestValidationError(f"{name} of this model are 0 to {bounds[name] - 1}, got {shown(bad)}", name, bad)
 
 
 def legacy_prompts(prompts: str | Sequence[str] | None, prompt_token_ids: Any) -> list[Any]:

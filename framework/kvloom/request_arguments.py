@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from kvloom.errors import RequestTypeError, RequestValidationError, shown
+from kvloom.errors import RequestTypeError, RequestValidationError, UnsupportedFeatureError, shown
 from kvloom.param_checks import check_int
-from kvloom.params import SamplingParams
+from kvloom.params import PoolingParams, SamplingParams
 
 _END: Any = object()
+P = TypeVar("P", SamplingParams, PoolingParams)
 OnError = Literal["raise", "return"]
 """What a call does with a request that fails."""
 
@@ -21,29 +22,38 @@ def check_on_error(value: object) -> None:
         raise RequestValidationError(f"on_error must be 'raise' or 'return', got {shown(value)}", "on_error", value)
 
 
-def one_each(count: int, given: SamplingParams | Sequence[SamplingParams] | None, default: SamplingParams) -> list[SamplingParams]:
+def one_each(count: int, given: P | Sequence[P] | None, default: P, name: str = "sampling_params") -> list[P]:
     """Parameters of each prompt, the caller's own objects.
+
+    Args:
+        default: of None; all must be of its class.
 
     Raises:
         RequestValidationError: another number than prompts.
-        RequestTypeError: something that is no `SamplingParams`.
+        RequestTypeError: something of another class.
     """
-    if given is None or isinstance(given, SamplingParams):
+    wanted = type(default)
+    if given is None or isinstance(given, wanted):
         return [default if given is None else given] * count
     if not isinstance(given, Sequence):
-        raise _wrong_type(given)
+        raise _wrong_type(given, wanted, name)
     if len(given) != count:
-        raise RequestValidationError(f"The lengths of prompts and params must be the same: {count} and {len(given)}.",
-                                     "sampling_params", len(given))
+        raise RequestValidationError(f"The lengths of prompts and params must be the same: {count} and {len(given)}.", name, len(given))
     for p in given:
-        if not isinstance(p, SamplingParams):
-            raise _wrong_type(p)
+        if not isinstance(p, wanted):
+            raise _wrong_type(p, wanted, name)
     return list(given)
 
 
-def _wrong_type(value: object) -> RequestTypeError:
-    return RequestTypeError(f"sampling_params must be SamplingParams, one for all or one a prompt; got {type(value).__name__}",
-                            "sampling_params", value)
+def _wrong_type(value: object, wanted: type = SamplingParams, name: str = "sampling_params") -> RequestTypeError:
+    return RequestTypeError(f"{name} must be {wanted.__name__}, one for all or one a prompt; got {type(value).__name__}", name, value)
+
+
+def refuse_later(**arguments: Any) -> None:
+    """Raises `UnsupportedFeatureError` for the first that was given."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise UnsupportedFeatureError(name, value, "leave it out")
 
 
 def priorities_each(count: int, given: int | Sequence[int] | None) -> list[int]:

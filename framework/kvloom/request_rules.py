@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from kvloom.core import RequestSpec, check_prompt_length, root_digest
-from kvloom.errors import RequestFailedError, RequestValidationError
-from kvloom.interfaces import SequenceView, Tokenizer
-from kvloom.params import SamplingParams
-from kvloom.prompts import ParsedPrompt, check_token_ids
+from kvloom.decoding import Decoding, begin
+from kvloom.errors import RequestFailedError, RequestValidationError, UnsupportedFeatureError
+from kvloom.interfaces import GrammarSpec, SequenceView, Tokenizer
+from kvloom.params import PoolingParams, SamplingParams
+from kvloom.pooling_rules import PoolingRules
+from kvloom.prompts import ParsedPrompt, Truncation, check_extras, check_token_ids
 
 if TYPE_CHECKING:
     from kvloom.runtime.logits import LogitsPipeline
+    from kvloom.text.grammar_gate import GrammarGate
 
 
 LONGEST_TOKEN_CHARACTERS = 128
 """Texts of more characters a token than this are refused without being encoded: the longest tokens are runs of 128 spaces."""
 
 
+CUT_TEXT_FACTOR = 16
+"""How much longer a text may be whose end the tokenizer cuts off: it encodes all of it first."""
+T = TypeVar("T")
+
+
 @dataclass(frozen=True, slots=True)
 class EndTokens:
-    """Tokens that end a text: the tokenizer's own, and further ones of generation_config."""
+    """Tokens that end a text: the tokenizer's own, and further ones of generation_config.
+
+    Args:
+        configured: what config.json and generation_config say, whatever the tokenizer.
+    """
 
     eos_token_id: int | None
     extra: frozenset[int]
+    configured: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, end_token_ids: Sequence[int], tokenizer: Tokenizer | None) -> EndTokens:
@@ -35,7 +48,7 @@ class EndTokens:
         eos = tokenizer.eos_token_id if tokenizer is not None else None
         if eos is None and end_token_ids:
             eos = end_token_ids[0]
-        return cls(eos, frozenset(end_token_ids) - {eos})
+        return cls(eos, frozenset(end_token_ids) - {eos}, tuple(end_token_ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +65,9 @@ class RequestRules:
         end_tokens: see `EndTokens`.
         tokenizer: None with ``skip_tokenizer_init``.
         pipeline: the logits processors.
+        extra_inputs: see `Model.extra_inputs`.
+        grammars: tries grammars; None with ``skip_tokenizer_init``.
+        pooling: of an engine that pools; None: it generates.
     """
 
     seed: int
@@ -63,6 +79,25 @@ class RequestRules:
     end_tokens: EndTokens
     tokenizer: Tokenizer | None
     pipeline: LogitsPipeline
+    extra_inputs: Mapping[str, int] = field(default_factory=dict)
+    grammars: GrammarGate | None = None
+    pooling: PoolingRules | None = None
+
+    def check_generates(self) -> None:
+        """Raises `RequestValidationError` in an engine that pools."""
+        if self.pooling is not None:
+            raise RequestValidationError(
+                "LLM.generate() is only supported for (conditional) generation models: this engine runs with "
+                f"task={self.pooling.task!r}. Make an LLM with task='generate', or call embed, classify, score or encode", "task",
+                self.pooling.task)
+
+    def need_pooling(self, method: str) -> PoolingRules:
+        """Raises `RequestValidationError` in an engine that generates."""
+        if self.pooling is None:
+            raise RequestValidationError(f"LLM.{method}() is only supported for pooling models: this engine runs with task='generate'. "
+                                         "Make an LLM with task='embed' (or classify, score, reward), or call generate", "task",
+                                         "generate")
+        return self.pooling
 
     def need_tokenizer(self, what: str, parameter: str = "prompt") -> Tokenizer:
         """The tokenizer. Raises `RequestValidationError` that says what needs it."""
@@ -71,7 +106,16 @@ class RequestRules:
                                          "give prompt_token_ids", parameter, what)
         return self.tokenizer
 
-    def specs(self, prompt: ParsedPrompt, params: SamplingParams, number: int, priority: int) -> list[RequestSpec]:
+    def with_tokenizer(self, tokenizer: Tokenizer) -> RequestRules:
+        """The same rules with another tokenizer. Raises `RequestValidationError` when it knows ids that the model does not."""
+        if tokenizer.vocab_size > self.vocab_size:
+            raise RequestValidationError(f"the tokenizer knows token ids up to {tokenizer.vocab_size - 1}, the model's are 0 to "
+                                         f"{self.vocab_size - 1}; give the tokenizer that the model was trained with", "tokenizer",
+                                         tokenizer.vocab_size)
+        return replace(self, tokenizer=tokenizer, grammars=None, end_tokens=EndTokens.of(self.end_tokens.configured, tokenizer))
+
+    def specs(self, prompt: ParsedPrompt, params: SamplingParams | PoolingParams | Decoding, number: int,
+              priority: int) -> list[RequestSpec]:
         """One sequence a completion; the first is the leader, whose id the others still need.
 
         Args:
@@ -82,40 +126,141 @@ class RequestRules:
             RequestValidationError: they cannot be served.
             RequestFailedError: a tokenizer or a logits processor raised something else.
         """
+        if isinstance(params, PoolingParams):
+            return [self._pooled(prompt, params, number, priority)]
+        self.check_generates()
+        if isinstance(params, Decoding):
+            return [self.branching(prompt, params, number, priority)]
         sampling = params.with_vocabulary(self.vocab_size, self.max_logprobs)
         if sampling.stop_strings:
             self.need_tokenizer("stop strings", "stop")
-        token_ids = tuple(self._encode(prompt, sampling.truncate_prompt_tokens))
+        cut = _truncation(prompt, sampling)
+        token_ids = tuple(self._encode(prompt, cut))
         check_prompt_length(len(token_ids), self.max_model_len)
+        extras = self._extras(prompt, len(token_ids), cut)
         seed = self._derived_seed(number) if sampling.seed is None else sampling.seed % 2**64
         asked = self.pipeline.ask(sampling, self.tokenizer)
+        grammar = self.grammar(sampling)
+        sampling.guided_decoding = sampling.structured_outputs = None  # `grammar` says it as plain data
         reads = sampling.prompt_logprobs is None
         specs = [RequestSpec(token_ids, sampling, priority, self.end_tokens.eos_token_id, self.end_tokens.extra, seed, index,
-                             self._cache_root(prompt.cache_salt, number), reads or index > 0, processors=asked)
+                             self._cache_root(prompt, number), reads or index > 0, processors=asked, grammar=grammar, extras=extras)
                  for index in range(sampling.num_sequences)]
         if asked:  # what processors refuse, they refuse here; the worker makes states of its own
             self.pipeline.start(SequenceView(-1, 0, token_ids, sampling, self.vocab_size, specs[0].end_token_ids), asked)
         return specs
 
+    def branching(self, prompt: ParsedPrompt, decoding: Decoding, number: int, priority: int) -> RequestSpec:
+        """The sequence that a request with a decoder begins with.
+
+        Raises:
+            RequestValidationError, RequestTypeError: it cannot be served.
+            RequestFailedError: the tokenizer or the decoder raised something else.
+        """
+        token_ids = tuple(self._encode(prompt, None))
+        check_prompt_length(len(token_ids), self.max_model_len)
+        ends = self.end_tokens
+        eos = frozenset[int]() if ends.eos_token_id is None else frozenset({ends.eos_token_id})
+        rule = begin(decoding, token_ids, eos | ends.extra, max_model_len=self.max_model_len, vocab_size=self.vocab_size,
+                     max_logprobs=self.max_logprobs)
+        # Candidates come with the most probable token, which greedy sampling gives; which ones are taken, the decoder decides.
+        sampling = SamplingParams(temperature=0, max_tokens=rule.needs.max_tokens, logprobs=rule.needs.candidates_per_row,
+                                  ignore_eos=True, detokenize=self.tokenizer is not None)
+        return RequestSpec(token_ids, sampling, priority, ends.eos_token_id, ends.extra,
+                           cache_root=self._cache_root(prompt, number), branching=rule)
+
+    def grammar(self, params: SamplingParams) -> GrammarSpec | None:
+        """What the request's output must be; tried out.
+
+        Raises:
+            RequestValidationError: it cannot be enforced.
+        """
+        if params.structure is None:
+            return None
+        if self.grammars is None:
+            self.need_tokenizer("structured output", "structured_outputs")
+            raise UnsupportedFeatureError("structured output", "after set_tokenizer", "the grammars were made for the first tokenizer; "
+                                          "make a new LLM with tokenizer=...")
+        grammar = self.grammars.admit(params.structure)
+        if grammar is not None and self.end_tokens.eos_token_id is None and not params.stop_token_ids:
+            raise RequestValidationError("structured output ends with an end token, but neither the tokenizer nor "
+                                         "generation_config.json has one: name one in stop_token_ids", "structured_outputs")
+        return grammar
+
+    def _pooled(self, prompt: ParsedPrompt, params: PoolingParams, number: int, priority: int) -> RequestSpec:
+        rules = self.need_pooling("encode")
+        pooling = rules.checked(params)
+        token_ids = tuple(self._encode_whole(prompt, pooling.truncate_prompt_tokens))
+        check_prompt_length(len(token_ids), self.max_model_len, output_tokens=False)
+        rules.check_start(pooling, token_ids)
+        return RequestSpec(token_ids, None, priority, cache_root=self._cache_root(prompt, number), pooling=pooling,
+                           read_prefix_cache=rules.reads_prefix_cache(pooling), extras=self._extras(prompt, len(token_ids)))
+
+    def _extras(self, prompt: ParsedPrompt, num_tokens: int, cut: Truncation | None = None) -> dict[str, tuple[int, ...]]:
+        check_extras(prompt.extras, self.extra_inputs)
+        kept = slice(-num_tokens, None) if cut is None or cut.keep_end else slice(num_tokens)
+        return {name: values[kept] for name, values in prompt.extras.items()}
+
     def _derived_seed(self, number: int) -> int:
         return int.from_bytes(blake2b(struct.pack("<QQ", self.seed % 2**64, number), digest_size=8).digest(), "little")
 
-    def _cache_root(self, salt: str, number: int) -> bytes:
+    def _cache_root(self, prompt: ParsedPrompt, number: int) -> bytes:
         # Without a prefix cache no two requests may meet, but the completions of one do.
-        return root_digest(self.model_revision, cache_salt=salt, media=() if self.cached else (f"request {number}",))
+        alone = () if self.cached else (f"request {number}",)
+        extras = tuple(f"{name} {values}" for name, values in prompt.extras.items())
+        return root_digest(self.model_revision, cache_salt=prompt.cache_salt, media=(*alone, *extras))
 
-    def _bounded(self, text: str, keep_tokens: int | None) -> str:
-        """A text of a length that is worth encoding, which takes a second per megabyte: its end, where only that is wanted."""
-        most = self.max_model_len * LONGEST_TOKEN_CHARACTERS
-        if len(text) > most and keep_tokens is None:
+    def _bounded(self, text: str, cut: Truncation | None, factor: int = 1) -> str:
+        """A text of a length that is worth encoding, which takes a second per megabyte: the part that is wanted.
+
+        Args:
+            factor: of what is too long.
+        """
+        most = self.max_model_len * LONGEST_TOKEN_CHARACTERS * factor
+        if len(text) > most and cut is None:
             raise RequestValidationError(f"The prompt has {len(text)} characters, which is longer than the maximum model length of "
                                          f"{self.max_model_len} tokens can hold ({most}).", "prompt", len(text))
-        return text[-most:]
+        return text[-most:] if cut is None or cut.keep_end else text[:most]
 
-    def _encode(self, prompt: ParsedPrompt, keep_tokens: int | None) -> Sequence[int]:
+    def _encode_whole(self, prompt: ParsedPrompt, most_tokens: int | None) -> Sequence[int]:
+        """Ids of a prompt that is pooled: a text that is too long loses its end, or what the tokenizer cuts, not its special tokens."""
+        if most_tokens is None or prompt.token_ids is not None:
+            kept = self.max_model_len if most_tokens == -1 else most_tokens
+            return self._encode(prompt, None if kept is None else Truncation(kept))
+        most = min(self.max_model_len, self.max_model_len if most_tokens == -1 else most_tokens)
+        tokenizer, text = self.need_tokenizer("text prompts"), self._bounded(prompt.text or "", None, CUT_TEXT_FACTOR)
+        token_ids = self.guarded(lambda: tokenizer.encode_within(text, most))
+        return self._encode(replace(prompt, token_ids=tuple(token_ids)), None) if token_ids else self._encode(prompt, None)
+
+    def encode_pair(self, text: str, pair: str, most_tokens: int | None) -> ParsedPrompt:
+        """Two texts as the prompt of a cross-encoder.
+
+        Raises:
+            RequestValidationError: no tokenizer, or one that cannot cut so far.
+        """
+        tokenizer = self.need_tokenizer("pairs of texts")
+        first, second = (self._bounded(t, None, 1 if most_tokens is None else CUT_TEXT_FACTOR) for t in (text, pair))
+        most = None if most_tokens is None else min(self.max_model_len, self.max_model_len if most_tokens == -1 else most_tokens)
+        found = self.guarded(lambda: tokenizer.encode_pair(first, second, most))
+        extras = {"token_type_ids": tuple(found.token_type_ids)} if found.token_type_ids else {}
+        return ParsedPrompt(None, tuple(found.token_ids), extras={n: v for n, v in extras.items() if n in self.extra_inputs})
+
+    @staticmethod
+    def guarded(encode: Callable[[], T]) -> T:
+        """What a tokenizer gives. Its `ValueError` is a bad request, whatever else it raises a failed one."""
+        try:
+            return encode()
+        except UnsupportedFeatureError:
+            raise
+        except ValueError as error:
+            raise RequestValidationError(f"the tokenizer refuses the text: {error}", "truncate_prompt_tokens") from error
+        except Exception as error:
+            raise RequestFailedError(f"the tokenizer raised {type(error).__name__}: {error}") from error
+
+    def _encode(self, prompt: ParsedPrompt, cut: Truncation | None) -> Sequence[int]:
         token_ids: Sequence[int] | None = prompt.token_ids
         if token_ids is None:
-            tokenizer, text = self.need_tokenizer("text prompts"), self._bounded(prompt.text or "", keep_tokens)
+            tokenizer, text = self.need_tokenizer("text prompts"), self._bounded(prompt.text or "", cut)
             try:
                 token_ids = tokenizer.encode(text)
             except Exception as error:
@@ -123,6 +268,16 @@ class RequestRules:
         if not token_ids:
             raise RequestValidationError("The prompt cannot be empty: the tokenizer made no token of it", "prompt", prompt.text)
         check_token_ids(token_ids, self.vocab_size)
-        if keep_tokens is None:
+        if cut is None:
             return token_ids
-        return token_ids[-(self.max_model_len - 1 if keep_tokens == -1 else keep_tokens):]
+        kept = self.max_model_len - 1 if cut.tokens == -1 else cut.tokens
+        return token_ids[-kept:] if cut.keep_end else token_ids[:kept]
+
+
+def _truncation(prompt: ParsedPrompt, sampling: SamplingParams) -> Truncation | None:
+    """What the call says of a prompt, or its parameters. Raises `RequestValidationError` when both do."""
+    tokens = sampling.truncate_prompt_tokens
+    if prompt.truncation is not None and tokens is not None:
+        raise RequestValidationError("both tokenization_kwargs and the sampling parameters say how to cut the prompt: give one of them",
+                                     "truncate_prompt_tokens", tokens)
+    return prompt.truncation if tokens is None else Truncation(tokens)

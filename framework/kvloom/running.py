@@ -11,28 +11,33 @@ from typing import TYPE_CHECKING, Any
 
 from kvloom.config import EngineConfig
 from kvloom.core import Engine, Request, RequestSpec
+from kvloom.decoding import NamedDecoder, find_decoder
 from kvloom.errors import (
     EngineClosedError,
+    EngineStateError,
     InternalError,
     KvloomError,
     RequestError,
     RequestFailedError,
+    RequestTypeError,
     UnsupportedFeatureError,
 )
 from kvloom.hooks.loader import PluginSet
 from kvloom.hooks.origin import Origin
 from kvloom.interfaces import Executor, Tokenizer
-from kvloom.live_request import Call, LiveRequest, LiveSequence, OnText
+from kvloom.live_request import Call, LiveRequest, LiveSequence, MakeOutput, OnText, Params
 from kvloom.logs import get_logger
-from kvloom.outputs import RequestMetrics, RequestOutput
 from kvloom.params import SamplingParams
 from kvloom.prompts import ParsedPrompt, parse_prompt
+from kvloom.request_counter import RequestCounter
 from kvloom.request_rules import RequestRules
+from kvloom.runtime.host_memory import held_bytes
+from kvloom.sleep import Sleeper, SleepState
 from kvloom.start_report import StartReport
 from kvloom.text.chat import ChatFormatter
-from kvloom.text.output import request_output
 from kvloom.text.sequence_text import SequenceText
 from kvloom.text.templates import TemplateRenderer
+from kvloom.text.tokenizer import adopt_tokenizer
 
 if TYPE_CHECKING:
     from kvloom.runtime.memory import MemoryPlan
@@ -56,16 +61,18 @@ class RunningEngine:
                  defaults: SamplingParams, plan: MemoryPlan, report: StartReport) -> None:
         self.config, self.engine, self.executor, self.plugins = config, engine, executor, plugins
         self.rules, self.defaults, self.plan, self.report = rules, defaults, plan, report
+        self.sleeper = Sleeper(executor, lambda: sum(executor.call(held_bytes)))
         self._chat: ChatFormatter | None = None
         self._changed: deque[Request] = deque()  # by steps, and not looked at yet
         self._is_busy = self._is_closed = False
         self._live: dict[int, tuple[LiveRequest, LiveSequence]] = {}
-        self._next_number = 0
+        self.numbers = RequestCounter()
+        self._decoders: dict[str, NamedDecoder] = {}
 
     @property
     def model_name(self) -> str:
         """See `EngineInfo`."""
-        return self.config.model.model
+        return self.config.model.name
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -76,8 +83,18 @@ class RunningEngine:
     def chat(self) -> ChatFormatter:
         """Renders conversations. Raises `RequestValidationError` without a tokenizer."""
         if self._chat is None:
-            self._chat = ChatFormatter(self.rules.need_tokenizer("chat"), TemplateRenderer())
+            m = self.config.model
+            self._chat = ChatFormatter(self.rules.need_tokenizer("chat"), TemplateRenderer(), m.chat_template,
+                                       m.allowed_local_media_path)
         return self._chat
+
+    def decoder(self, name: str) -> NamedDecoder:
+        """The decoding algorithm of this name, made once an engine. Raises `RequestValidationError` when there is none."""
+        if not isinstance(name, str):
+            raise RequestTypeError(f"decoder must be a name, got {type(name).__name__}", "decoder", name)
+        if name not in self._decoders:
+            self._decoders[name] = find_decoder(self.plugins.registries["decoders"], name)
+        return self._decoders[name]
 
     @property
     def has_work(self) -> bool:
@@ -97,6 +114,20 @@ class RunningEngine:
         finally:
             self._is_busy = False
 
+    @contextmanager
+    def _idle(self, what: str) -> Iterator[None]:
+        """For what no request may be under way."""
+        with self._alone(what):
+            if self._live:
+                raise EngineStateError(f"{what} has to wait: {len(self._live)} sequences are under way; let their calls end first")
+            while self.engine.has_work:  # steps in flight of requests that were forgotten
+                self.engine.step()
+            yield
+
+    def _check_ready(self) -> None:
+        self.sleeper.check_awake()
+        self.executor.check_ready()
+
     def stats(self) -> Mapping[str, float]:
         """See `EngineInfo`."""
         scheduler = self.engine.scheduler
@@ -109,37 +140,48 @@ class RunningEngine:
 
     # -- requests come
 
-    def submit(self, call: Call, prompts: Sequence[Any], params: Sequence[SamplingParams], priorities: Sequence[int], *,
+    def submit(self, call: Call, prompts: Sequence[Any], params: Sequence[Params], priorities: Sequence[int], *,
                return_errors: bool = False, on_text: OnText | None = None, first_place: int = 0) -> None:
         """Check and queue all prompts, or none.
 
         Args:
             call: gets the outputs.
             prompts: in any form that `parse_prompt` takes.
+            params: how to sample each, or a decoder in its place.
             return_errors: a prompt that cannot be served becomes an output with the error, and the others are queued.
             on_text: told of new text as it comes; what it raises, `step` raises.
             first_place: place of the first prompt in the call.
 
         Raises:
             RequestError, UnsupportedFeatureError: one of them cannot be served, and `return_errors` is False.
+            EngineStateError: it sleeps, or a late call still runs.
         """
         with self._alone("submit"):
+            self._check_ready()
             ready: list[tuple[LiveRequest, list[RequestSpec]]] = []
             refused: list[tuple[LiveRequest, KvloomError]] = []
-            for i, (prompt, sampling, priority) in enumerate(zip(prompts, params, priorities, strict=True)):
-                live = LiveRequest(str(self._next_number + i), None, first_place + i, call, on_text)
+            for i, (prompt, own, priority) in enumerate(zip(prompts, params, priorities, strict=True)):
+                live = LiveRequest(str(self.numbers.counter + i), None, first_place + i, call, MakeOutput.of(own), on_text)
                 try:
-                    ready.append((live, self._read_prompt(live, prompt, sampling, self._next_number + i, priority)))
+                    ready.append((live, self._read_prompt(live, prompt, own, self.numbers.counter + i, priority)))
                 except REFUSALS as error:
                     if not return_errors:
                         raise
                     refused.append((live, error))
             refused += self._queue(ready, return_errors=return_errors)
-            self._next_number += len(prompts)
+            self.numbers.counter += len(prompts)
         for live, reason in refused:
-            call.deliver(live.place, _refusal(live, reason))
+            call.deliver(live.place, live.output.refused(live, reason))
 
-    def _read_prompt(self, live: LiveRequest, prompt: Any, params: SamplingParams, number: int, priority: int) -> list[RequestSpec]:
+    def check(self, prompts: Sequence[Any], params: Sequence[Params], priorities: Sequence[int]) -> None:
+        """What `submit` would raise for prompts that are submitted later; nothing is queued."""
+        with self._alone("check"):
+            for i, (prompt, own, priority) in enumerate(zip(prompts, params, priorities, strict=True)):
+                live = LiveRequest(str(self.numbers.counter + i), None, i, Call(), MakeOutput.of(own))
+                for spec in self._read_prompt(live, prompt, own, self.numbers.counter + i, priority):
+                    self.engine.scheduler.check(spec)
+
+    def _read_prompt(self, live: LiveRequest, prompt: Any, params: Params, number: int, priority: int) -> list[RequestSpec]:
         """A request's sequences, with their texts. Whatever goes wrong here is this request's failure, as a `RequestError`."""
         try:
             parsed = parse_prompt(prompt)
@@ -153,7 +195,7 @@ class RunningEngine:
             raise _failure(live, "cannot be read", error) from error
         return specs
 
-    def _checked(self, prompt: ParsedPrompt, params: SamplingParams, number: int, priority: int) -> list[RequestSpec]:
+    def _checked(self, prompt: ParsedPrompt, params: Params, number: int, priority: int) -> list[RequestSpec]:
         specs = self.rules.specs(prompt, params, number, priority)
         arrival_s = time.monotonic()
         return [replace(s, arrival_s=arrival_s) for s in specs]
@@ -187,9 +229,10 @@ class RunningEngine:
 
     def _text(self, spec: RequestSpec, live: LiveRequest) -> SequenceText | None:
         """Followed token by token where stop strings may end it or somebody reads along."""
-        if self.tokenizer is None or not spec.sampling.detokenize or not (spec.sampling.stop_strings or live.on_text):
+        sampling = spec.sampling
+        if self.tokenizer is None or sampling is None or not sampling.detokenize or not (sampling.stop_strings or live.on_text):
             return None
-        return SequenceText(self.tokenizer, spec.prompt_token_ids, spec.sampling)
+        return SequenceText(self.tokenizer, spec.prompt_token_ids, sampling)
 
     # -- requests go
 
@@ -198,8 +241,10 @@ class RunningEngine:
 
         Raises:
             InternalError: there is nothing to do, so whoever waits would wait for ever.
+            EngineStateError: a late call still runs; no request has ended.
         """
         with self._alone("a step"):
+            self._check_ready()
             if not self.has_work:
                 raise InternalError("a call waits for requests, but the engine has none")
             if not self._changed:
@@ -239,9 +284,9 @@ class RunningEngine:
 
     def _deliver(self, live: LiveRequest, error: KvloomError | None) -> None:
         try:
-            output = request_output(live, self.tokenizer, error)
+            output = live.output.ended(live, self.tokenizer, error)
         except Exception as raised:  # noqa: BLE001  (see `_look_at`)
-            output = _refusal(live, error or _failure(live, "cannot be decoded", raised))
+            output = live.output.refused(live, error or _failure(live, "cannot be decoded", raised))
         self._forget(live)
         live.call.deliver(live.place, output)
         self._observe("kvloom_request_finished", output)
@@ -257,9 +302,50 @@ class RunningEngine:
         for live in list(call.pending.values()):
             self._forget(live)
 
+    # -- between requests
+
     def reset_prefix_cache(self) -> bool:
         """See `LLM.reset_prefix_cache`."""
         return self.engine.scheduler.forget_prefixes()
+
+    def sleep(self, level: int) -> None:
+        """See `LLM.sleep`."""
+        with self._idle("sleep()"):
+            if not self.config.device.enable_sleep_mode:
+                raise EngineStateError("sleep() needs LLM(..., enable_sleep_mode=True)")
+            self.executor.check_ready()
+            if self.sleeper.state is SleepState.AWAKE and not self.reset_prefix_cache():
+                raise InternalError("no request is under way, but KV blocks are held")
+            self.sleeper.sleep(level)
+
+    def wake_up(self, tags: Iterable[str] | None) -> bool:
+        """See `LLM.wake_up`."""
+        with self._alone("wake_up()"):
+            self.executor.check_ready()
+            return self.sleeper.wake_up(tags)
+
+    def set_tokenizer(self, tokenizer: Any) -> None:
+        """See `LLM.set_tokenizer`."""
+        with self._idle("set_tokenizer()"):
+            adopted = adopt_tokenizer(self.config, self.plugins.registries["tokenizers"], tokenizer)
+            self.rules = self.rules.with_tokenizer(adopted)
+            if self._chat is not None:
+                self._chat.close()
+            self._chat = None
+
+    def start_profile(self, prefix: str) -> None:
+        """See `LLM.start_profile`."""
+        with self._alone("start_profile()"):
+            if self.config.device.profile_dir is None:
+                raise EngineStateError("start_profile() needs LLM(..., profile_dir='folder for the traces')")
+            self.executor.start_profile(self.config.device.profile_dir, prefix)
+
+    def stop_profile(self) -> list[str]:
+        """See `LLM.stop_profile`."""
+        with self._alone("stop_profile()"):
+            files = self.executor.stop_profile()
+        get_logger().info("profile written", files=files)
+        return files
 
     def close(self) -> None:
         """Free the model and the cache. Raises `RequestFailedError` when a step is under way."""
@@ -269,6 +355,8 @@ class RunningEngine:
             self._is_closed = True
         if self._chat is not None:
             self._chat.close()
+        if self.rules.grammars is not None:
+            self.rules.grammars.close()
         self.executor.close()
 
     def _observe(self, hook: str, value: Any) -> None:
@@ -285,11 +373,3 @@ def _failure(live: LiveRequest, what: str, error: Exception) -> RequestFailedErr
     failure = RequestFailedError(f"request {live.request_id} {what}: {type(error).__name__}: {error}")
     failure.__cause__ = error
     return failure
-
-
-def _refusal(live: LiveRequest, error: KvloomError) -> RequestOutput:
-    """The output of a request that has none."""
-    now_s = time.monotonic()
-    metrics = RequestMetrics(now_s, finished_time=now_s)
-    token_ids = list(live.sequences[0].request.spec.prompt_token_ids) if live.sequences else []
-    return RequestOutput(live.request_id, live.prompt, token_ids, None, [], True, metrics, error=error)

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from kvloom.config import EngineConfig
+from kvloom.config.class_path import load_class
+from kvloom.config.pooling import PoolingPlan
 from kvloom.core import Engine, Scheduler
-from kvloom.errors import ConfigError, ManifestMismatchError, NotRegisteredError
+from kvloom.errors import ConfigError, ManifestMismatchError, NotRegisteredError, RequestValidationError
 from kvloom.hooks.loader import PluginSet, load_plugins
-from kvloom.interfaces import Executor, Worker
+from kvloom.interfaces import Executor, GrammarVocabulary, SchedulingPolicy, Tokenizer, Worker
 from kvloom.logs import get_logger
+from kvloom.pooling_rules import PoolingRules
 from kvloom.request_rules import EndTokens, RequestRules
 from kvloom.running import RunningEngine
+from kvloom.runtime.host_memory import host_memory
 from kvloom.start_report import PhaseTimer, StartReport
+from kvloom.stats_log import StatsLog
+from kvloom.structured_outputs import BackendChoice
+from kvloom.text.grammar_gate import GrammarGate, find_grammar
 from kvloom.text.tokenizer import import_tokenizer, open_tokenizer
+from kvloom.text.vocabulary import grammar_vocabulary
+
+if TYPE_CHECKING:
+    from kvloom.runtime.builder import ModelSource
 
 
 def load_config_plugins(config: EngineConfig) -> PluginSet:
@@ -32,23 +45,29 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
     """
     for note in config.notes:
         get_logger().info("configuration", note=note)
+    if "swap_space" in config.origins:
+        warning = config.cache.swap_space_note(host_memory().total_bytes)
+        if warning is not None:
+            get_logger().warning("configuration", note=warning)
     with timer.phase("plugins"):
         plugins = load_config_plugins(config)
     with timer.phase("import torch"):
         from kvloom.layers.base import dtype_name
-        from kvloom.runtime import builder, logits, worker
+        from kvloom.runtime import builder, logits, worker, worker_class
     with timer.phase("import tokenizer"):
         tokenizer_class = import_tokenizer(config, plugins.registries["tokenizers"])
     with timer.phase("model files"):
         source = builder.open_source(config, plugins)
     with timer.phase("tokenizer"):
         tokenizer = None if tokenizer_class is None else open_tokenizer(config, source.directory, tokenizer_class)
-    policy = _component(plugins, "schedulers", "scheduling_policy", config.scheduler.scheduling_policy)()
+        grammars, make_vocabulary = _grammars(config, plugins, source, tokenizer)
+    policy = _policy(config, plugins)()
+    make = worker_class.worker_class(config.device)
     executor: Executor = _component(plugins, "executors", "distributed_executor_backend",
                                     config.device.distributed_executor_backend)()
 
     def make_worker(rank: int) -> Worker:
-        return worker.DeviceWorker(rank, config, plugins, source)
+        return make(rank, config, plugins, source, make_vocabulary)
 
     try:
         with timer.phase("worker") as parts:
@@ -62,12 +81,15 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
             plan = executor.call(worker.worker_plan)[0]
             limits = config.limits(source.max_model_len, chunkable=executor.call(_chunkable)[0])
             observers = [observe for _, observe in plugins.observers["kvloom_step_finished"]]
-            engine = Engine(Scheduler(limits, report.groups, report.num_blocks, policy), executor, observers)
+            observers += [] if config.features.disable_log_stats else [StatsLog()]
+            engine = Engine(Scheduler(limits, report.groups, report.num_blocks, policy, report.host_tier), executor, observers)
             rules = RequestRules(
                 config.model.seed, str(source.directory), source.config.vocab_size, source.max_model_len, config.features.max_logprobs,
                 limits.cached, EndTokens.of(source.end_token_ids, tokenizer), tokenizer,
-                logits.LogitsPipeline(logits.make_processors(plugins.registries["logits_processors"])))
-        notes = (f"dtype: {dtype_name(source.dtype)}", f"threads: {_threads()}", *report.notes, *plugins.notes)
+                logits.LogitsPipeline(logits.make_processors(plugins.registries["logits_processors"],
+                                                              config.features.logits_processors or ())),
+                executor.call(_extra_inputs)[0], grammars, _pooling_rules(plugins, source.pooling, executor))
+        notes = (f"task: {source.task}", f"dtype: {dtype_name(source.dtype)}", f"threads: {_threads()}", *report.notes, *plugins.notes)
         start = StartReport(tuple(timer.phases), timer.elapsed_s, plan.num_blocks, plan.capacity_tokens, notes)
         running = RunningEngine(config, engine, executor, plugins, rules, source.defaults, plan, start)
     except BaseException:
@@ -78,14 +100,55 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
     return running
 
 
+def _grammars(config: EngineConfig, plugins: PluginSet, source: ModelSource,
+              tokenizer: Tokenizer | None) -> tuple[GrammarGate | None, Callable[[], GrammarVocabulary] | None]:
+    """What tries grammars, and what makes the vocabulary once for it and for the workers of this process."""
+    backend = config.features.guided_decoding_backend
+    entry = find_grammar(backend, plugins)
+    if tokenizer is None:
+        return None, None
+
+    @cache
+    def make_vocabulary() -> GrammarVocabulary:
+        return grammar_vocabulary(tokenizer, source.config.vocab_size, source.end_token_ids)
+
+    return GrammarGate(entry, BackendChoice.parse(backend), make_vocabulary), make_vocabulary
+
+
 def _chunkable(worker: Any) -> bool:
     return bool(worker.model.chunkable)
+
+
+def _extra_inputs(worker: Any) -> dict[str, int]:
+    return dict(worker.model.extra_inputs)
+
+
+def _pooling_rules(plugins: PluginSet, plan: PoolingPlan | None, executor: Executor) -> PoolingRules | None:
+    from kvloom.runtime.worker import make_poolers, model_pooling
+
+    if plan is None:
+        return None
+    rules = PoolingRules(make_poolers(plugins, plan, executor.call(model_pooling)[0]))
+    if plan.config.returned_token_ids is not None:
+        try:
+            rules.check_columns(plan.config.returned_token_ids)
+        except RequestValidationError as error:
+            raise ConfigError(f"override_pooler_config: {error}") from error
+    return rules
 
 
 def _threads() -> int:
     import torch
 
     return torch.get_num_threads()
+
+
+def _policy(config: EngineConfig, plugins: PluginSet) -> Callable[[], SchedulingPolicy]:
+    given = config.scheduler.scheduler_cls
+    if given is not None:
+        return load_class("scheduler_cls", given, SchedulingPolicy)
+    policy: Callable[[], SchedulingPolicy] = _component(plugins, "schedulers", "scheduling_policy", config.scheduler.scheduling_policy)
+    return policy
 
 
 def _component(plugins: PluginSet, kind: str, parameter: str, name: str) -> Any:

@@ -14,7 +14,8 @@ from kvloom_kernels.scratch import empty
 
 
 class _Arguments(ctypes.Structure):
-    _fields_ = (("gate_up", ctypes.c_void_p), ("out", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("rows", "width", "is_bf16")))
+    _fields_ = (("gate_up", ctypes.c_void_p), ("out", ctypes.c_void_p),
+                *((name, ctypes.c_int64) for name in ("rows", "width", "is_bf16")))
 
 
 def silu_mul_reference(gate_up: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Attention over a paged KV cache: the plain reference, a C++ kernel, and a torch version for rows of one query token.
 
-Caches are ``k [N, Hk, B, D]`` and ``v [N, Hk, B, Dv]``: N blocks of B tokens. Those of the C++ kernel are ``k [N, Hk, D / S, B, S]`` and
-``v [N, Hk, B / S, Dv, S]``, where S is 2 for bfloat16 and 1 for float32, and what is beyond D or B is padding. Block-table entries outside a row's context or window may name blocks of others; they are masked after they are read and their values are
+Caches are ``k [N, Hk, B, D]`` and ``v [N, Hk, B, Dv]``: N blocks of B tokens. Those of the C++ kernel are ``k [N, Hk, D / S, B, S]``
+and ``v [N, Hk, B / S, Dv, S]``, where S is 2 for bfloat16 and 1 for float32, and what is beyond D or B is padding. Block-table
+entries outside a row's context or window may name blocks of others; they are masked after they are read and their values are
 cleared, so not even NaN gets through.
 """
 
@@ -38,7 +39,8 @@ class _Heads(ctypes.Structure):
 class _Write(ctypes.Structure):
     _fields_ = (("q", _Heads), ("k", _Heads),
                 *((name, ctypes.c_void_p) for name in ("v", "table", "positions", "slots", "k_cache", "v_cache")),
-                *((name, ctypes.c_int64) for name in ("v_stride", "tokens", "dim", "value_dim", "rotary_dim", "block_tokens", "is_bf16")),
+                *((name, ctypes.c_int64) for name in ("v_stride", "tokens", "dim", "value_dim", "rotary_dim", "block_tokens",
+                                                      "is_bf16")),
                 ("eps", ctypes.c_float))
 
 
@@ -48,7 +50,8 @@ class Scores:
 
     Args:
         scale: factor on the scores.
-        window_tokens: a query sees itself and the ``window_tokens - 1`` tokens before it; None: all.
+        window_tokens: a query sees itself and the ``window_tokens - 1`` tokens before it, and if not causal, as many after it;
+            None: all.
         soft_cap: scores become ``soft_cap * tanh(scores / soft_cap)``; None leaves them.
         causal: False: every query of a row sees the row's whole context.
     """
@@ -63,7 +66,9 @@ def visible(query_positions: Tensor, key_positions: Tensor, scores: Scores) -> T
     """Which keys each query sees, by position: ``[..., Q]``, ``[..., K]`` -> bool ``[..., Q, K]``."""
     query, key = query_positions[..., :, None], key_positions[..., None, :]
     seen = key <= query if scores.causal else torch.ones_like(key <= query)
-    return seen if scores.window_tokens is None else seen & (key > query - scores.window_tokens)
+    if scores.window_tokens is None:
+        return seen
+    return seen & (key > query - scores.window_tokens) & (key < query + scores.window_tokens)
 
 
 def paged_attention_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, query_starts: np.ndarray[Any, Any],
@@ -134,7 +139,8 @@ def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Te
 
 
 def norm_rope_write(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, block_tokens: int,
-                    rotation: tuple[Tensor, Tensor] | None = None, norms: tuple[Tensor, Tensor] | None = None, eps: float = 0.0) -> None:
+                    rotation: tuple[Tensor, Tensor] | None = None, norms: tuple[Tensor, Tensor] | None = None,
+                    eps: float = 0.0) -> None:
     """Per-head norms, rotation in place on q and k, and writing k and v to their slots, in one call of the C++ kernel.
 
     Args:

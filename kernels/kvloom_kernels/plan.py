@@ -59,7 +59,7 @@ _recording: Plan | None = None
 @contextmanager
 def recorded(plan: Plan) -> Iterator[None]:
     """Within the block every kernel call runs and is added to `plan`."""
-    global _recording  # noqa: PLW0603  (kernels are called through models of others, which pass no plan on)
+    global _recording  # kernels are called through models of others, which pass no plan on
     before, _recording = _recording, plan
     try:
         yield

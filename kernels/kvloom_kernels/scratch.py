@@ -71,7 +71,7 @@ _active: Arena | None = None
 @contextmanager
 def scratch_from(arena: Arena | None) -> Iterator[None]:
     """Within the block kernels put their results into `arena`. They are meant for this step only."""
-    global _active  # noqa: PLW0603  (kernels are called through models of others, which pass no arena on)
+    global _active  # kernels are called through models of others, which pass no arena on
     before, _active = _active, arena
     try:
         yield

@@ -178,7 +178,7 @@ def test_generate__params_that_became_wrong_are_checked_again(llm: LLM) -> None:
 
 # -- the other arguments
 
-@pytest.mark.parametrize("name", ["lora_request", "prompt_adapter_request", "guided_options_request"])
+@pytest.mark.parametrize("name", ["lora_request", "prompt_adapter_request"])
 def test_generate__arguments_of_later_features_are_refused_by_name(llm: LLM, name: str) -> None:
     assert isinstance(refused(llm, UnsupportedFeatureError, name, "a", GREEDY, **{name: object()}), ValueError)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from api_helpers import Truth, run, writes, written
 
-from kvloom import LLM, CompletionOutput, Logprob, RequestMetrics, RequestOutput, SamplingParams
+from kvloom import LLM, BeamSearchParams, CompletionOutput, Logprob, RequestMetrics, RequestOutput, SamplingParams
 from kvloom.beam_outputs import BeamSearchOutput, BeamSearchSequence
 from kvloom.errors import RequestFailedError, RequestValidationError
 from kvloom.live_request import Call
@@ -49,9 +49,9 @@ ROWS = {
     "completion_output": [*(f.name for f in fields(CompletionOutput)), "finished"],
     "logprob": [f.name for f in fields(Logprob)],
     "pooling_output": ["data", "embedding"],
-    "pooling_request_output": ["request_id", "outputs", "prompt_token_ids", "finished", "num_cached_tokens", "error"],
+    "pooling_request_output": ["request_id", "outputs", "prompt_token_ids", "finished", "num_cached_tokens", "error", "metrics"],
     "embedding_output": ["embedding", "hidden_size"], "classification_output": ["probs", "num_classes"], "scoring_output": ["score", "embedding"],
-    "beam_search_output": ["sequences"], "beam_search_sequence": [f.name for f in fields(BeamSearchSequence)],
+    "beam_search_output": ["sequences", "error"], "beam_search_sequence": [f.name for f in fields(BeamSearchSequence)],
 }
 
 
@@ -415,6 +415,13 @@ def test_pooling_request_output_error__is_taken_over(request_output, output, dat
     assert request_output.from_base(base).error is error
 
 
+@pytest.mark.parametrize(("request_output", "output", "data"), REQUEST_OUTPUTS)
+def test_pooling_request_output_metrics__are_taken_over(request_output, output, data: torch.Tensor) -> None:
+    base = pooled(data)
+    base.metrics = RequestMetrics(1.0)
+    assert request_output.from_base(base).metrics is base.metrics
+
+
 def refuses(output, data: torch.Tensor, message: str) -> None:
     with pytest.raises(RequestValidationError, match=message) as caught:
         output.from_base(PoolingOutput(data))
@@ -471,6 +478,13 @@ BEAM = BeamSearchSequence([1, 2, 3], [{3: Logprob(-0.5)}])
 
 def test_beam_search_output_sequences__as_given() -> None:
     assert BeamSearchOutput([BEAM]).sequences == [BEAM]
+
+
+def test_beam_search_output_error__of_a_request_that_failed(llm: LLM) -> None:
+    good, bad = llm.beam_search(["a", [10**6]], BeamSearchParams(2, 3), on_error="return")
+    assert (good.error, len(good.sequences)) == (None, 2)
+    assert isinstance(bad.error, RequestValidationError)
+    assert bad.sequences == []
 
 
 def test_beam_search_sequence_tokens__with_the_prompt() -> None:

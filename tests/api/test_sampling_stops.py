@@ -11,7 +11,7 @@ import torch
 from api_helpers import Truth, assert_idle, complete, ids, lively_checkpoint, recorded_steps, run, writes, written
 
 from kvloom import LLM, RequestOutputKind, SamplingParams
-from kvloom.errors import RequestValidationError, UnsupportedFeatureError
+from kvloom.errors import RequestValidationError
 from kvloom.live_request import Call
 from kvloom.testing.checkpoints import BOS, EOS, VOCAB_SIZE
 
@@ -379,15 +379,3 @@ def test_bad_words__need_a_tokenizer(checkpoint: Path) -> None:
             llm.generate([[1]], SamplingParams(bad_words=["a"]), use_tqdm=False)
         assert caught.value.parameter == "bad_words"
 
-
-# -- guided_decoding
-
-def test_guided_decoding__is_refused_so_far(llm: LLM) -> None:
-    with pytest.raises(UnsupportedFeatureError, match="guided_decoding"):
-        SamplingParams(guided_decoding={"regex": "a+"})
-    params = SamplingParams()
-    params.guided_decoding = {"regex": "a+"}
-    with recorded_steps(llm) as steps, pytest.raises(UnsupportedFeatureError, match="guided_decoding"):
-        llm.generate(["a", "b"], params, use_tqdm=False)
-    assert steps == []
-    assert_idle(llm)

@@ -9,7 +9,8 @@ import pytest
 
 from kvloom.config.checkpoint import resolve_model_dir
 from kvloom.config.generation import end_tokens, read_generation
-from kvloom.config.model_json import derive_max_model_len, parse_model_config, read_model_json
+from kvloom.config.hf_config import overridden
+from kvloom.config.model_json import derive_max_model_len, parse_model_config, read_config_file
 from kvloom.errors import ModelError
 from kvloom.interfaces import ModelConfig
 
@@ -59,21 +60,21 @@ def test_a_revision_that_is_not_in_the_cache_is_named(tmp_path: Path) -> None:
 def test_a_directory_without_config_says_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match=r"has no config\.json \(there is model\.safetensors\)"):
-        read_model_json(tmp_path)
+        read_config_file(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"vocab_size": NaN}', "[" * 100_000, "\xff"])
 def test_a_config_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ModelError, match="config.json"):
-        read_model_json(tmp_path)
+        read_config_file(tmp_path)
 
 
 def test_hostile_keys_never_reach_the_model(tmp_path: Path) -> None:
     hostile = {"auto_map": {"AutoModel": "evil.Model"}, "_attn_implementation_internal": "evil/kernel", "trust_remote_code": True,
                "__class__": "x", "model_config": {}, "transformers_weights": "evil"}
     (tmp_path / "config.json").write_text(json.dumps(BASE | hostile))
-    raw = read_model_json(tmp_path)
+    raw = read_config_file(tmp_path)
     assert not any(key.startswith("_") for key in raw)
     config = parse_model_config(raw, ModelConfig)
     assert set(config.model_dump()) == set(ModelConfig.model_fields)
@@ -116,4 +117,15 @@ def test_end_tokens_come_from_both_files(tmp_path: Path) -> None:
 
 def test_overrides_are_on_top(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(BASE))
-    assert read_model_json(tmp_path, {"vocab_size": 64})["vocab_size"] == 64
+    assert overridden(read_config_file(tmp_path), {"vocab_size": 64})["vocab_size"] == 64
+
+
+@pytest.mark.parametrize(("given", "window"), [({}, 4096), ({"sliding_window": None}, None), ({"sliding_window": 8}, 8)])
+def test_a_null_says_something_where_the_field_may_be_none(given: dict, window: int | None) -> None:
+    import transformers
+
+    from kvloom_models.config import MistralConfig
+
+    raw = {**BASE, "intermediate_size": 8, "num_key_value_heads": None, **given}
+    assert parse_model_config(raw, MistralConfig).sliding_window == transformers.MistralConfig(**given).sliding_window == window
+    assert parse_model_config(raw, MistralConfig).num_key_value_heads == 2

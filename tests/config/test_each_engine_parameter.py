@@ -264,3 +264,21 @@ def test_providers__chooses_between_distributions_that_offer_one_name(install, s
         with engine(small_checkpoint, scheduling_policy="lifo", max_num_seqs=1, providers={"schedulers": {"lifo": chosen}}) as llm:
             outputs = run(llm, [[1], [2]], [GREEDY, SAMPLED])
         assert sorted(range(2), key=lambda i: outputs[i].metrics.finished_time) == order
+
+
+# -- values of which some come later
+
+@pytest.mark.parametrize("given", ["auto"])
+def test_kv_cache_dtype__is_the_models(small_checkpoint: Path, given: str) -> None:
+    for dtype, item_bytes in (("float32", 4), ("bfloat16", 2)):
+        with engine(small_checkpoint, kv_cache_dtype=given, dtype=dtype) as llm:
+            assert len(scores(llm)[0]) == 6
+            assert llm.llm_engine.plan.needs.block_bytes == 2 * 2 * 2 * 16 * 16 * item_bytes  # layers, K and V, heads, head size, tokens
+
+
+@pytest.mark.parametrize("given", ["auto", "cpu"])
+def test_device__is_the_cpu(small_checkpoint: Path, given: str) -> None:
+    with engine(small_checkpoint, device=given) as llm:
+        (devices,) = llm.apply_model(lambda model: {p.device.type for p in model.parameters()})
+        assert devices == {"cpu"}
+        assert len(scores(llm)[0]) == 6

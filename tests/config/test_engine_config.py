@@ -35,15 +35,32 @@ STATES = {**{name: SECTIONS[section].state(name) for name, section in SECTION_OF
 OTHER_VALUE = "something else"
 """Of the parameters in `OTHER_ARGS`: no such value has a meaning."""
 UNSUPPORTED_VALUES = {
-    "trust_remote_code": True, "allowed_local_media_path": "/media", "task": "embed", "kv_cache_dtype": "fp8", "cpu_offload_gb": 1.0, "device": "cuda", "tensor_parallel_size": 2,
-    "pipeline_parallel_size": 2, "compilation_config": 3, "enable_sleep_mode": True, "enable_lora": True, "max_loras": 2,
-    "max_lora_rank": 8, "limit_mm_per_prompt": {"image": 1}, "mm_processor_kwargs": {"x": 1}, "override_pooler_config": {"x": 1},
-    "speculative_config": {"method": "ngram"}, "guided_decoding_backend": "xgrammar",
+    "task": "transcription", "tensor_parallel_size": 2, "pipeline_parallel_size": 2, "enable_lora": True, "max_loras": 2,
+    "max_lora_rank": 8, "limit_mm_per_prompt": {"image": 1}, "mm_processor_kwargs": {"x": 1},
+    "speculative_config": {"method": "ngram"},
 }
 NO_EFFECT_VALUES = {
-    "gpu_memory_utilization": 0.5, "swap_space": 1.0, "enforce_eager": True, "max_seq_len_to_capture": 100,
-    "disable_custom_all_reduce": True, "disable_async_output_proc": True, "disable_log_stats": False,
+    "gpu_memory_utilization": 0.5, "swap_space": 1.0, "cpu_offload_gb": 1.0, "enforce_eager": True, "max_seq_len_to_capture": 100,
+    "disable_custom_all_reduce": True, "disable_async_output_proc": True, "compilation_config": 3,
+    "use_tqdm_on_load": False, "override_neuron_config": {"x": 1}, "tokenizer_pool_size": 4, "prefix_caching_hash_algo": "sha256",
+    "calculate_kv_scales": True, "preemption_mode": "swap", "use_v2_block_manager": False, "max_num_partial_prefills": 4,
+    "max_long_partial_prefills": 2, "scheduler_delay_factor": 0.5, "num_scheduler_steps": 8, "multi_step_stream_outputs": False,
+    "num_lookahead_slots": 2, "disable_cascade_attn": True, "async_scheduling": True, "max_parallel_loading_workers": 2,
+    "ray_workers_use_nsight": True, "disable_mm_preprocessor_cache": True, "disable_chunked_mm_input": True,
 }
+WRONG_VALUES = {
+    "gpu_memory_utilization": [0, 1.5, True], "swap_space": [-1.0, "4"], "cpu_offload_gb": [-1.0, "4"], "enforce_eager": ["yes", 1], "max_seq_len_to_capture": [0, -1, "8192"],
+    "disable_custom_all_reduce": [1], "disable_async_output_proc": ["x"],
+    "compilation_config": [4, -1, True, 1.0, "3", {"level": 4}, {"mode": "fast"}, {1: 2}], "use_tqdm_on_load": ["no"],
+    "override_neuron_config": [1, "x"], "tokenizer_pool_size": [-1, 1.5, True], "tokenizer_pool_type": [3], "tokenizer_pool_extra_config": [3],
+    "logits_processor_pattern": [3], "prefix_caching_hash_algo": ["md5", None], "calculate_kv_scales": ["yes"], "preemption_mode": ["drop"],
+    "use_v2_block_manager": [2], "max_num_partial_prefills": [0, True], "max_long_partial_prefills": [-1, "2"],
+    "scheduler_delay_factor": [-1.0, float("nan"), "x"], "num_scheduler_steps": [0, 2.5], "multi_step_stream_outputs": ["x"],
+    "num_lookahead_slots": [-1], "disable_cascade_attn": [3], "async_scheduling": ["x"], "max_parallel_loading_workers": [0, "x"],
+    "ray_workers_use_nsight": ["x"], "disable_mm_preprocessor_cache": [0], "disable_chunked_mm_input": ["x"],
+    "show_hidden_metrics_for_version": [3],
+}
+"""Of parameters without effect: what vLLM does not take either."""
 
 
 def test_the_constructor_has_the_reference_parameters_in_order() -> None:
@@ -77,6 +94,21 @@ def test_unsupported_parameters__are_refused_with_what_works(name: str) -> None:
         assert EngineConfig.from_kwargs(model="m", **{name: works}).notes == ()
 
 
+@pytest.mark.parametrize(("name", "value"), [(name, value) for section in SECTIONS.values() for name in section.model_fields
+                                             for value in section.not_yet(name)])
+def test_values_that_come_later__are_refused_with_what_to_do(name: str, value: Any) -> None:
+    with pytest.raises(UnsupportedFeatureError, match=f"{name}='{value}' is not supported so far; ") as caught:
+        LLM("/nowhere", **{name: value})  # before anything is read
+    assert caught.value.works == SECTIONS[SECTION_OF[name]].not_yet(name)[value]
+
+
+@pytest.mark.parametrize("name", [n for n, s in STATES.items() if isinstance(s, NoEffect)])
+def test_parameters_without_effect__refuse_what_makes_no_sense(name: str) -> None:
+    for value in WRONG_VALUES[name]:
+        with pytest.raises(ConfigError, match=re.escape(f"{name}{'' if isinstance(value, dict) else f'={value!r}'}")):
+            EngineConfig.from_kwargs(model="m", **{name: value})
+
+
 @pytest.fixture(scope="module")
 def plain(small_checkpoint: Path) -> tuple[list[int], float]:
     """What the checkpoint computes."""
@@ -95,7 +127,7 @@ def test_parameters_without_effect__change_nothing_and_are_named_once_with_the_r
     assert capsys.readouterr().err.count(f"{name}={value!r} has no effect") == 1
 
 
-RENAMED_VALUES = {"kv_cache_memory_bytes": 2**20, "max_seq_len": 100, "pooler_config": None, "structured_outputs_backend": "auto"}
+RENAMED_VALUES = {"kv_cache_memory_bytes": 2**20, "max_seq_len": 100, "pooler_config": None, "additional_config": {"a": {"b": 1}}, "structured_outputs_backend": "auto"}
 
 
 @pytest.mark.parametrize("name", RENAMED)
@@ -119,7 +151,18 @@ def test_an_unknown_name_is_a_type_error_with_the_near_name() -> None:
     ({"swap_space": -1.0}, "swap_space=-1.0"), ({"dtype": "int8"}, "Unknown dtype"), ({"seed": 1.5}, "seed=1.5"),
     ({"task": "sing"}, "task='sing'"), ({"kv_cache_memory": "4 GiBs"}, "4 GiBs"), ({"kv_cache_memory": 0}, "kv_cache_memory=0"),
     ({"max_model_len": 1}, "max_model_len=1"), ({"plugins": "acme"}, "plugins='acme'"), ({"model": ""}, "model=''"),
-    ({"num_gpu_blocks_override": 1}, "num_gpu_blocks_override=1"), ({"hf_overrides": lambda c: c}, "hf_overrides"),
+    ({"num_gpu_blocks_override": 1}, "num_gpu_blocks_override=1"), ({"hf_overrides": [1]}, "hf_overrides"),
+    ({"kv_cache_dtype": "int4"}, "kv_cache_dtype='int4'"), ({"device": "tpu"}, "device='tpu'"), ({"config_format": "xml"}, "config_format='xml'"),
+    ({"model_impl": "jax"}, "model_impl='jax'"), ({"served_model_name": []}, "must be a name"), ({"served_model_name": ["a", ""]}, "must be a name"),
+    ({"served_model_name": 3}, "served_model_name"), ({"rope_theta": 0.0}, "rope_theta=0.0"), ({"rope_theta": float("inf")}, "rope_theta=inf"),
+    ({"rope_scaling": "linear"}, "rope_scaling='linear'"), ({"hf_config_path": ""}, "hf_config_path=''"), ({"ignore_patterns": 3}, "ignore_patterns"),
+    ({"model_loader_extra_config": "x"}, "model_loader_extra_config='x'"), ({"disable_sliding_window": 1}, "disable_sliding_window=1"),
+    ({"chat_template": ""}, "chat_template=''"), ({"chat_template": "/no/file"}, "no Jinja text"), ({"trust_remote_code": "yes"}, "trust_remote_code='yes'"),
+    ({"code_revision": "v1"}, "code_revision='v1' needs trust_remote_code=True"), ({"allowed_local_media_path": "/no/such"}, "does not exist"),
+    ({"allowed_local_media_path": __file__}, "is no directory"), ({"scheduler_cls": 3}, "scheduler_cls=3"), ({"scheduler_cls": "nodots"}, "scheduler_cls='nodots'"),
+    ({"scheduler_cls": "a.B", "scheduling_policy": "priority"}, "mean the same"), ({"worker_cls": "a b.C"}, "worker_cls='a b.C'"),
+    ({"worker_extension_cls": 1}, "worker_extension_cls=1"), ({"logits_processors": "a.B"}, "logits_processors='a.B'"),
+    ({"logits_processors": [3]}, "logits_processors[0]=3"), ({"disable_log_stats": "no"}, "disable_log_stats='no'"),
 ])
 def test_a_wrong_value_is_named(values: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):

@@ -7,9 +7,9 @@ from core_helpers import Harness
 
 from kvloom.core import RequestSpec
 from kvloom.core.wire import from_wire, to_wire
-from kvloom.errors import InternalError, RequestValidationError, UnsupportedFeatureError
-from kvloom.interfaces import RowError, RowResult, StepResult, TokenLogprob
-from kvloom.params import SamplingParams
+from kvloom.errors import ConfigError, InternalError, RequestValidationError, UnsupportedFeatureError
+from kvloom.interfaces import Pooled, RowError, RowResult, StepResult, TokenLogprob
+from kvloom.params import PoolingParams, SamplingParams
 from kvloom_plugins.schedulers.priority import PriorityPolicy
 
 
@@ -231,8 +231,33 @@ def test_observers_hear_of_every_step_and_one_that_breaks_is_asked_no_more() -> 
 
 def test_results_travel_as_bytes() -> None:
     logprobs = ((TokenLogprob(5, -0.5, 1), TokenLogprob(6, -1.5, 2)),)
-    result = StepResult(3, (RowResult(1, (5,), logprobs), RowResult(2, error=RowError("E", "m", "t", "p")), RowResult(4, pooled=[[1.0], [2.0]])))
+    result = StepResult(3, (RowResult(1, (5,), logprobs), RowResult(2, error=RowError("E", "m", "t", "p")), RowResult(4, pooled=Pooled((2, 1), b"\0" * 8))))
     assert from_wire(to_wire(result)) == result
+
+
+def test_a_pooling_request_ends_with_its_prompt_beside_others_that_generate() -> None:
+    h = Harness(long_prefill_token_threshold=10)
+    h.add(range(50, 62))
+    h.engine.add(RequestSpec(tuple(range(128)), None, pooling=PoolingParams()))  # as long as max_model_len
+    with pytest.raises(RequestValidationError, match="129 tokens, which is longer"):
+        h.engine.add(RequestSpec(tuple(range(129)), None, pooling=PoolingParams()))
+    assert from_wire(to_wire(h.scheduler.schedule())).new[1].pooling == PoolingParams()
+    h = Harness(long_prefill_token_threshold=10)
+    generating = h.add(range(50, 62))
+    pooled = h.engine.add(RequestSpec(tuple(range(128)), None, pooling=PoolingParams()))
+    h.run()
+    assert generating.output_token_ids == h.expected(generating)
+    assert (pooled.finish.reason, pooled.output_tokens, pooled.pooled) == ("stop", 0, h.model.pooled(range(128)))
+    assert len([r for step in h.executor.steps for r in step.ranges if r.sequence_id == pooled.sequence_id]) == 13
+
+
+def test_a_pooling_request_that_can_never_fit_is_refused_without_talk_of_output() -> None:
+    h = Harness(num_blocks=5)
+    assert h.engine.add(RequestSpec(tuple(range(16)), None, pooling=PoolingParams()))
+    with pytest.raises(RequestValidationError, match=r"17 prompt tokens = 17 tokens to keep.*shorten the prompt to less than 17") as caught:
+        h.engine.add(RequestSpec(tuple(range(17)), None, pooling=PoolingParams()))
+    assert caught.value.parameter == "prompt_token_ids"
+    h.run()
 
 
 def test_what_is_no_plain_data_does_not_travel() -> None:
@@ -242,3 +267,42 @@ def test_what_is_no_plain_data_does_not_travel() -> None:
     with pytest.raises(UnsupportedFeatureError, match="plain data"):
         to_wire(h.scheduler.schedule())
     assert SamplingParams()
+
+
+def test_a_model_that_keeps_nothing_needs_no_blocks() -> None:
+    h = Harness(windows=(), num_blocks=0, chunkable=False, max_num_batched_tokens=128, max_num_seqs=3)
+    requests = [h.add(range(first, first + n)) for first, n in ((0, 60), (100, 60), (200, 20), (300, 1))]
+    h.step()
+    assert [(r.sequence_id, r.start, r.num_tokens, r.new_blocks) for r in h.last_step.ranges] == [(0, 0, 60, ()), (1, 0, 60, ())]
+    assert [new.block_ids for new in h.last_step.new] == [(), ()]
+    assert (h.scheduler.num_free_blocks, h.scheduler.num_usable_blocks) == (0, 0)
+    h.step()
+    assert [r.num_tokens for r in h.last_step.ranges] == [1, 1, 20]
+    h.run()
+    assert all(r.output_token_ids == h.expected(r) and not r.metrics.num_preemptions for r in requests)
+
+
+def test_without_blocks_nothing_is_found_in_a_prefix_cache() -> None:
+    h = Harness(windows=(), num_blocks=0, chunkable=False, max_num_batched_tokens=128)
+    first = h.add(range(40))
+    h.step()
+    second = h.add(range(40))
+    sibling = h.engine.add(RequestSpec(tuple(range(40)), SamplingParams(n=2, max_tokens=3), leader=first.sequence_id))
+    h.run()
+    assert [r.metrics.num_cached_tokens for r in (first, second, sibling)] == [0, 0, 0]
+    assert h.scheduler.forget_prefixes()
+
+
+def test_a_budget_smaller_than_a_prompt_that_cannot_be_cut_is_refused() -> None:
+    with pytest.raises(ConfigError, match="this model computes a prompt in one step"):
+        Harness(windows=(), num_blocks=0, chunkable=False, max_num_batched_tokens=32, max_model_len=33)
+
+
+def test_a_request_that_had_to_give_way_without_blocks_starts_again() -> None:
+    h = Harness(windows=(), num_blocks=0, chunkable=False, max_num_batched_tokens=128)
+    request = h.add(range(9))
+    h.step()
+    h.scheduler.preempt(request.sequence_id)
+    h.run()
+    assert (request.metrics.num_preemptions, request.metrics.num_recomputed_tokens) == (1, 9)
+    assert request.output_token_ids == h.expected(request)

@@ -195,7 +195,7 @@ def test_lists_that_do_not_fit_the_prompts_are_refused(llm: LLM, params, priorit
     assert_idle(llm)
 
 
-@pytest.mark.parametrize("name", ["lora_request", "prompt_adapter_request", "guided_options_request"])
+@pytest.mark.parametrize("name", ["lora_request", "prompt_adapter_request"])
 def test_arguments_of_later_features_are_refused_by_name(llm: LLM, name: str) -> None:
     with pytest.raises(UnsupportedFeatureError, match=name):
         llm.generate("a", GREEDY, use_tqdm=False, **{name: object()})

@@ -46,11 +46,6 @@ def test_small_temperatures_are_raised_and_tiny_ones_greedy(given_value: float, 
     assert params.is_greedy == (given_value < 1e-5)
 
 
-def test_a_field_that_is_not_built_yet_says_what_works() -> None:
-    with pytest.raises(UnsupportedFeatureError, match=r"guided_decoding=.* is not supported so far; leave it at None"):
-        SamplingParams(guided_decoding={"json": "{}"})
-
-
 NAN, INFINITY = float("nan"), float("inf")
 
 

@@ -37,10 +37,28 @@ def test_a_prompt_without_tokens_is_refused(given) -> None:
         parse_prompts(given)
 
 
-@pytest.mark.parametrize("key", ["multi_modal_data", "prompt_embeds", "token_type_ids"])
+@pytest.mark.parametrize("key", ["multi_modal_data", "prompt_embeds"])
 def test_keys_of_later_features_are_refused_by_name(key: str) -> None:
     with pytest.raises(UnsupportedFeatureError, match=key):
         parse_prompts({"prompt": "a", key: {"x": 1}})
+
+
+def test_token_types_go_with_token_ids_one_each() -> None:
+    given = {"prompt_token_ids": [5, 6, 7], "token_type_ids": [0, 0, 1]}
+    assert parse_prompts(given) == [ParsedPrompt(None, (5, 6, 7), extras={"token_type_ids": (0, 0, 1)})]
+    assert parse_prompts(given | {"token_type_ids": None}) == [ParsedPrompt(None, (5, 6, 7))]
+
+
+@pytest.mark.parametrize(("given", "error", "message"), [
+    ({"prompt_token_ids": [5, 6], "token_type_ids": [0]}, RequestValidationError, "as many as prompt_token_ids: 1 and 2"),
+    ({"prompt": "a", "token_type_ids": [0]}, RequestValidationError, "need the prompt_token_ids"),
+    ({"prompt_token_ids": [5], "token_type_ids": [True]}, RequestTypeError, "list of integers"),
+    ({"prompt_token_ids": [5], "token_type_ids": [0.0]}, RequestTypeError, "list of integers"),
+    ({"prompt_token_ids": [5], "token_type_ids": "0"}, RequestTypeError, "list of integers"),
+])
+def test_token_types_of_another_form_are_refused(given, error, message: str) -> None:
+    with pytest.raises(error, match=message):
+        parse_prompts(given)
 
 
 @pytest.mark.parametrize("given", [{"encoder_prompt": "a", "decoder_prompt": None}, [{"prompt": "a", "encoder_prompt": {"x": 1}}]])

@@ -89,7 +89,7 @@ class Case:
         query, key = torch.arange(before, before + len(q))[:, None], torch.arange(len(keys))[None]
         seen = key <= query if s.causal else torch.ones(len(q), len(keys), dtype=torch.bool)
         if s.window_tokens is not None:
-            seen = seen & (key > query - s.window_tokens)
+            seen = seen & (key > query - s.window_tokens) & (key < query + s.window_tokens)
         out = scaled_dot_product_attention(*(x.double().transpose(0, 1) for x in (q, keys, values)), attn_mask=seen, scale=s.scale,
                                            enable_gqa=True)
         return out.transpose(0, 1).float()
@@ -122,8 +122,9 @@ def test_head_shapes_and_block_sizes(backend: type, heads: int, kv_heads: int, d
 
 
 @EACH_BACKEND
-def test_bidirectional(backend: type) -> None:
-    assert_close(Case(replace(SPEC, causal=False), [(0, 25), (0, 1), (0, 40)]), backend)
+@pytest.mark.parametrize("window", [None, 1, 9, 17])
+def test_bidirectional(backend: type, window: int | None) -> None:
+    assert_close(Case(replace(SPEC, causal=False, window_tokens=window), [(0, 25), (0, 1), (0, 40)]), backend)
 
 
 @EACH_BACKEND

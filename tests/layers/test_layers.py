@@ -7,10 +7,14 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from kvloom.errors import ConfigError
+from kvloom.errors import ConfigError, PluginError
+from kvloom.interfaces import BuildContext, ForwardContext
 from kvloom.interfaces.model_config import RopeParameters
+from kvloom.layers import FusedShards, GateUpLinear, LayerNorm
 from kvloom.layers.activation import ACTIVATIONS, activation
 from kvloom.layers.rope_scaling import rope_frequencies
+from kvloom.runtime.comm import LocalComm
+from kvloom_quant.unquantized import Unquantized
 
 ROPES = [
     {"rope_type": "linear", "factor": 4.0},
@@ -55,6 +59,40 @@ def test_activations_are_transformers(name: str) -> None:
 
     x = torch.linspace(-6, 6, 101)
     torch.testing.assert_close(activation(name)(x), ACT2FN[name](x), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_norm_is_torchs(bias: bool, dtype: torch.dtype) -> None:
+    norm, truth = LayerNorm(build(dtype), "norm", 24, 1e-6, bias=bias), torch.nn.LayerNorm(24, 1e-6, bias=bias)
+    for suffix in norm.checkpoint_params(None):
+        value = torch.randn(24).to(dtype)
+        getattr(truth, suffix).data.copy_(value)
+        norm.load_param(suffix, None, value)
+    norm.post_load()
+    x = 3 + torch.randn(2, 5, 24).to(dtype)
+    torch.testing.assert_close(norm(x).float(), truth(x.float()), atol=2e-6 if dtype is torch.float32 else 2e-2, rtol=1e-5)
+
+
+def test_a_tensor_with_several_shards_is_cut_among_them() -> None:
+    layer = GateUpLinear(build(torch.float32), "mlp", 6, 4, bias=True)
+    whole = FusedShards(layer, ("gate", "up"))
+    assert {suffix: spec.shape for suffix, spec in whole.checkpoint_params(None).items()} == {"weight": (8, 6), "bias": (8,)}
+    weight, bias, x = torch.randn(8, 6), torch.randn(8), torch.randn(3, 6)
+    whole.load_param("weight", None, weight)
+    whole.load_param("bias", None, bias)
+    whole.post_load()
+    torch.testing.assert_close(layer(x, ForwardContext(LocalComm(), ())), torch.nn.functional.linear(x, weight, bias))
+
+
+def test_a_tensor_that_cannot_be_cut_is_refused() -> None:
+    with pytest.raises(PluginError, match="no out_axis"):
+        FusedShards(LayerNorm(build(torch.float32), "norm", 4, 1e-5), (None,)).checkpoint_params(None)
+
+
+def build(dtype: torch.dtype) -> BuildContext:
+    plain = Unquantized({})
+    return BuildContext(dtype, torch.device("cpu"), plain, plain, LocalComm(), 64, dtype, 16, make_backend=lambda spec, i: None)
 
 
 def test_an_unknown_activation_is_refused_with_the_known_ones() -> None:

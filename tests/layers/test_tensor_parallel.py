@@ -22,30 +22,8 @@ from kvloom.runtime.weights import load_weights
 from kvloom.runtime.worker import make_loader
 from kvloom.startup import load_config_plugins
 from kvloom.testing.checkpoints import make_checkpoint
+from kvloom.testing.thread_comm import ThreadComm, run_ranks
 from kvloom_samplers.token_sampler import TokenSampler
-
-
-class ThreadComm(Comm):
-    """Ranks are threads that meet at a barrier."""
-
-    def __init__(self, rank: int, size: int, board: list, barrier: threading.Barrier) -> None:
-        self.rank, self.size, self._board, self._barrier = rank, size, board, barrier
-
-    def _exchange(self, x: torch.Tensor) -> list[torch.Tensor]:
-        self._board[self.rank] = x.clone()
-        self._barrier.wait()
-        everyone = list(self._board)
-        self._barrier.wait()
-        return everyone
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.stack(self._exchange(x)).sum(0)
-
-    def all_gather(self, x: torch.Tensor, axis: int) -> torch.Tensor:
-        return torch.cat(self._exchange(x), dim=axis)
-
-    def all_to_all(self, x: torch.Tensor, send_rows: list[int], receive_rows: list[int]) -> torch.Tensor:
-        raise AssertionError("no experts here")
 
 
 def groups_of(model: Model) -> tuple[KVGroup, ...]:
@@ -75,15 +53,7 @@ def logits_of_rank(directory: Path, comm: Comm) -> list[torch.Tensor]:
 
 
 def logits(directory: Path, size: int) -> list[list[torch.Tensor]]:
-    board, barrier = [None] * size, threading.Barrier(size)
-    results: list[list[torch.Tensor] | None] = [None] * size
-    threads = [threading.Thread(target=lambda r=r: results.__setitem__(r, logits_of_rank(directory, ThreadComm(r, size, board, barrier))))
-               for r in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    return results
+    return run_ranks(size, lambda comm: logits_of_rank(directory, comm))
 
 
 @pytest.mark.parametrize("config", [

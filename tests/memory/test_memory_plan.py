@@ -122,10 +122,12 @@ def test_too_many_blocks_are_refused_with_a_number_that_fits() -> None:
     assert plan(free=GIB, num_blocks=value).problem is None
 
 
-def test_a_model_without_state_needs_no_cache() -> None:
+def test_a_model_that_keeps_nothing_is_planned_without_a_cache() -> None:
     p = plan(groups=(), block_bytes=0, kv_bytes_per_token=0)
-    assert (p.num_blocks, p.problem, p.sequences) == (0, None, 8)
-    assert "none with state" in p.table()
+    assert (p.num_blocks, p.cache_bytes, p.capacity_tokens, p.sequences, p.problem) == (0, 0, 0, 8, None)
+    assert "KV cache" in p.table()
+    assert "no layer keeps state" in p.table()
+    assert "KV cache wanted" not in p.table()
 
 
 @given(free=st.integers(0, 3 * GIB), weights=st.integers(0, GIB), kv=st.none() | st.integers(0, 4 * GIB),
@@ -166,3 +168,17 @@ def test_the_activation_estimate_is_near_what_the_largest_tensors_of_a_llama_ste
     assert activation_bytes(config, torch.float32, 100, 80) == 100 * per_token + 80 * 1000 * 12
     assert activation_bytes(config, torch.float32, 100, 10) == 100 * per_token + CHUNK_ROWS * 1000 * 12
     assert activation_bytes(config, torch.bfloat16, 100, 1000) == 100 * per_token // 2 + 100 * 1000 * 10
+
+
+@pytest.mark.parametrize("num_blocks", [None, 10])
+def test_a_model_that_keeps_nothing_may_still_be_too_large(num_blocks: int | None) -> None:
+    p = plan(free=110 * MIB, groups=(), block_bytes=0, kv_bytes_per_token=0, num_blocks=num_blocks)
+    assert p.suggestions() == ()
+    with pytest.raises(MemoryPlanError, match="No one setting changes that"):
+        p.check()
+
+
+def test_logits_are_counted_only_where_text_is_generated() -> None:
+    config = ModelConfig(vocab_size=1000, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
+    with_logits, without = (activation_bytes(config, torch.float32, 64, 8, generates=g) for g in (True, False))
+    assert with_logits - without == 64 * 1000 * (4 + 8)

@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from kvloom.errors import ModelError
+from kvloom.errors import ModelError, UnsupportedFeatureError
 from kvloom.text.detokenizer import Detokenizer
 from kvloom_plugins.tokenizers.hf import AutoTokenizer, SlowTokenizer
+from kvloom_plugins.tokenizers.pieces import reader_of
 
 REAL = ["data/gpt2-tokenizer", "data/qwen2-tokenizer", "models/stories260k"]
 
@@ -94,3 +97,44 @@ def test_slow_and_auto_are_the_same_python_tokenizer(spelling: Path) -> None:
 def test_a_directory_without_files_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"looked for tokenizer.json, .*found none of them"):
         AutoTokenizer(tmp_path)
+
+
+def test_the_bytes_of_tokens_are_their_text(tokenizer: AutoTokenizer) -> None:
+    texts = ["Hello, world", "naïve café", "日本語 テスト", "emoji 🙂🙃 done", '{"a": [1, 2.5, null],\n\t"b": "x\\n"}', "  two  spaces ", "\r\n", "a\u0301", "\U0001F469\u200D\U0001F680", "ὀδύς"]
+    for text in texts:
+        token_ids = tokenizer.encode(text, add_special_tokens=False)
+        assert b"".join(map(tokenizer.token_bytes, token_ids)).decode() in (decoded := tokenizer.decode(token_ids), f" {decoded}")
+
+
+@given(data=st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_bytes_of_any_tokens_put_together_are_what_they_are_decoded_to(tokenizer: AutoTokenizer, data: st.DataObject) -> None:
+    start = tokenizer.encode("x", add_special_tokens=False)
+    token_ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1).filter(lambda i: i not in tokenizer.byte_token_ids), max_size=8))
+    found = b"".join(map(tokenizer.token_bytes, [*start, *token_ids])).decode(errors="replace")
+    assert found in (decoded := tokenizer.decode([*start, *token_ids]), f" {decoded}")
+
+
+def test_byte_fallback_tokens_are_their_byte(shared_dir: Path) -> None:
+    tokenizer = AutoTokenizer(shared_dir / REAL[2])
+    assert [tokenizer.token_bytes(3 + i) for i in range(256)] == [bytes([i]) for i in range(256)]
+
+
+def test_tokens_without_a_text_have_no_bytes(tokenizer: AutoTokenizer) -> None:
+    for token_id in (*tokenizer.special_token_ids, -1, tokenizer.vocab_size, 2**40):
+        assert tokenizer.token_bytes(token_id) == b""
+
+
+def test_a_tokenizer_whose_tokens_depend_on_their_neighbours_says_so(spelling: Path) -> None:
+    with pytest.raises(UnsupportedFeatureError, match="no token_bytes"):
+        SlowTokenizer(spelling).token_bytes(5)
+
+
+@pytest.mark.parametrize(("decoder", "name", "expected"), [
+    ({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}, "▁a▁b", b" a b"), ({"type": "WordPiece", "prefix": "##"}, "##a", None), (None, "a", None),
+    ({"type": "ByteLevel"}, "Ġé", b" \xe9"), ({"type": "ByteLevel"}, "a b", b"a b"), ({"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}, "<0xe9>", b"\xe9"),
+    ({"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"Regex": "x"}, "content": " "}]}, "x", None), ({"type": "Sequence", "decoders": [{"type": "Fuse"}]}, "<0xE9>", b"<0xE9>"),
+])
+def test_names_are_read_as_the_decoder_has_it(decoder: dict | None, name: str, expected: bytes | None) -> None:
+    reader = reader_of(decoder)
+    assert (None if reader is None else reader(name)) == expected

@@ -24,8 +24,8 @@ def render(arguments: argparse.Namespace) -> int:
     if tokenizer_class is None:
         raise ConfigError("skip_tokenizer_init leaves nothing to render with")
     m = config.model
-    tokenizer = open_tokenizer(config, resolve_model_dir(m.model, m.revision, m.download_dir, m.hf_token), tokenizer_class)
-    formatter = ChatFormatter(tokenizer, TemplateRenderer())
+    tokenizer = open_tokenizer(config, resolve_model_dir(m.model, m.revision, m.download_dir, m.hf_token, m.fetch), tokenizer_class)
+    formatter = ChatFormatter(tokenizer, TemplateRenderer(), m.chat_template, m.allowed_local_media_path)
     try:
         rendered = formatter.render(messages, ChatOptions(
             arguments.chat_template, add_generation_prompt=not arguments.continue_final_message,

@@ -27,6 +27,7 @@ def stream(llm: LLM, prompt: str, params: SamplingParams, on_text: OnText | None
             engine.step()
     finally:
         engine.abort(call)
+    output: RequestOutput
     ((_, output),) = call.take()
     if output.error is not None:
         raise output.error

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from kvloom.errors import ModelError
 
 FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.tiktoken", "*.jinja", "merges.txt", "vocab.txt"]
-"""What is fetched of a hub repository: never pickles, never Python files."""
+"""What is fetched of a hub repository: never pickles, and Python files only where their code is trusted."""
+CODE_FILES = ["*.py"]
+USABLE = ("*.safetensors", "tokenizer_config.json")
+"""A snapshot in the cache that has any of these is taken as it is; one without is the rest of an interrupted download."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """What is fetched, and what for.
+
+    Args:
+        with_code: Python files too.
+        ignore_patterns: files that are left out.
+        usable: see `USABLE`.
+    """
+
+    with_code: bool = False
+    ignore_patterns: tuple[str, ...] = ()
+    usable: tuple[str, ...] = USABLE
 
 
 def resolve_model_dir(model: str, revision: str | None = None, download_dir: str | None = None,
-                      token: bool | str | None = None) -> Path:
+                      token: bool | str | None = None, fetch: Fetch = Fetch()) -> Path:
     """The directory of a checkpoint or tokenizer.
 
     Args:
@@ -19,6 +38,7 @@ def resolve_model_dir(model: str, revision: str | None = None, download_dir: str
         revision: branch, tag or commit of a hub id.
         download_dir: the hub's cache folder; None: huggingface_hub's own.
         token: as huggingface_hub takes it.
+        fetch: of a hub id.
 
     Raises:
         ModelError: neither a directory nor a hub id that is in the cache or can be fetched.
@@ -28,20 +48,23 @@ def resolve_model_dir(model: str, revision: str | None = None, download_dir: str
         return directory
     if directory.exists() or directory.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise ModelError(f"{model!r} is no directory: give a directory with config.json and safetensors files, or a hub id (org/name)")
-    return _from_hub(model, revision, download_dir, token)
+    return _from_hub(model, revision, download_dir, token, fetch)
 
 
-def _from_hub(model: str, revision: str | None, download_dir: str | None, token: bool | str | None) -> Path:
+def _from_hub(model: str, revision: str | None, download_dir: str | None, token: bool | str | None, fetch: Fetch) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     def snapshot(*, offline: bool) -> Path:
-        return Path(snapshot_download(model, revision=revision, cache_dir=download_dir, token=token, allow_patterns=FILES,
-                                      local_files_only=offline))
+        return Path(snapshot_download(model, revision=revision, cache_dir=download_dir, token=token,
+                                      allow_patterns=[*FILES, *(CODE_FILES if fetch.with_code else ())],
+                                      ignore_patterns=list(fetch.ignore_patterns), local_files_only=offline))
 
+    cached: Path | None = None
     try:
-        cached = snapshot(offline=True)
-        if any(cached.glob("*.safetensors")) or (cached / "tokenizer_config.json").exists():
+        found = snapshot(offline=True)
+        cached = found if any(True for pattern in fetch.usable for _ in found.glob(pattern)) else None
+        if cached is not None and (not fetch.with_code or any(cached.glob("*.py"))):
             return cached
     except LocalEntryNotFoundError:
         pass  # not in the cache: it is fetched below
@@ -50,6 +73,8 @@ def _from_hub(model: str, revision: str | None, download_dir: str | None, token:
     try:
         return snapshot(offline=False)
     except Exception as error:
+        if cached is not None:  # it was asked for code too: whether there is any in the repository can't be known here
+            return cached
         at = f" at revision {revision!r}" if revision else ""
         reason = _without_secret(str(error), token)[:300]
         raise ModelError(f"{model!r}{at} is no directory here, is not in the hub's cache and cannot be fetched "

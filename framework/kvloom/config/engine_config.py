@@ -11,7 +11,7 @@ from typing import Any, Self
 from pydantic import ValidationError
 
 from kvloom.config.cache import CacheSection
-from kvloom.config.compat import OTHER_ARGS, RENAMED
+from kvloom.config.compat import OTHER_ARGS, RENAMED, TASK_ARGS, task_of
 from kvloom.config.device import DeviceSection
 from kvloom.config.features import FeatureSection
 from kvloom.config.model import ModelSection
@@ -30,6 +30,8 @@ SECTIONS: dict[str, type[Section]] = {
 }
 SECTION_OF = {name: section for section, cls in SECTIONS.items() for name in cls.model_fields}
 """Parameter -> its section."""
+KNOWN_NAMES = frozenset({*SECTION_OF, *OTHER_ARGS, *RENAMED, *TASK_ARGS})
+"""Every name that can be given, in any version's spelling."""
 PLUGINS_VARIABLE = "KVLOOM_PLUGINS"
 """Environment variable with the names of plugins, separated by commas; ``plugins=`` and a file win."""
 
@@ -63,7 +65,7 @@ class EngineConfig:
             ConfigError: a value that is wrong; `UnsupportedFeatureError` for one that does not work so far.
         """
         for name in kwargs:
-            if name not in SECTION_OF and name not in OTHER_ARGS and name not in RENAMED:
+            if name not in KNOWN_NAMES:
                 raise TypeError(f"LLM() got an unexpected keyword argument {name!r}{did_you_mean(name, [*SECTION_OF, *OTHER_ARGS])}")
         return cls._build(kwargs, dict.fromkeys(kwargs, "argument"))
 
@@ -78,7 +80,7 @@ class EngineConfig:
         path = Path(path)
         found = read_yaml(path)
         for name, value in found.items():
-            if name not in SECTION_OF and name not in OTHER_ARGS and name not in RENAMED:
+            if name not in KNOWN_NAMES:
                 raise UnknownKeyError(f"{path}:{value.line}: unknown key {name!r}{did_you_mean(name, [*SECTION_OF, *OTHER_ARGS])}")
         values = {name: found_value.value for name, found_value in found.items()} | overrides
         built = cls._build(values, _file_origins(path, found) | dict.fromkeys(overrides, "argument"))
@@ -97,6 +99,8 @@ class EngineConfig:
             notes += [f"{k}={v!r} has no effect: {state.reason}" for k, v in values.items()
                       if SECTION_OF[k] == name and isinstance(state := section.state(k), NoEffect)
                       and v != section.model_fields[k].get_default()]
+        if sections["model"].trust_remote_code:
+            notes.append("trust_remote_code=True: code that comes with the checkpoint may run in this process")
         return cls(**sections, origins=origins, notes=tuple(notes))
 
     @property
@@ -143,7 +147,14 @@ def _translate(values: Mapping[str, Any], origins: Mapping[str, str]) -> tuple[d
     ours: dict[str, Any] = {}
     from_where: dict[str, str] = {}
     notes: list[str] = []
+    task = task_of(values)
+    if task is not None:
+        source = next(n for n in ("convert", "runner") if TASK_ARGS[n].get(values.get(n, "auto")) is not None)
+        ours["task"], from_where["task"] = task, origins[source]
+        notes.append(f"{' and '.join(f'{n}={values[n]!r}' for n in TASK_ARGS if n in values)} is called task={task!r} here")
     for name, value in values.items():
+        if name in TASK_ARGS or (name == "task" and task is not None):
+            continue
         target = RENAMED.get(name, name)
         if target != name:
             notes.append(f"{name} is called {target} here")
@@ -153,6 +164,7 @@ def _translate(values: Mapping[str, Any], origins: Mapping[str, str]) -> tuple[d
         if other is None:
             ours[target], from_where[target] = value, origins[name]
         elif isinstance(other.state, NoEffect):
+            other.check(name, value)
             if value != other.default:
                 notes.append(f"{name}={value!r} has no effect: {other.state.reason}")
         elif value not in (None, other.default, *other.state.values):

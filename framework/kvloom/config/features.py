@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from kvloom.config.section import NoEffect, Section, Unsupported
+from kvloom.config.class_path import ClassPath
+from kvloom.config.pooler import PoolerConfig
+from kvloom.config.section import Section, Unsupported
+from kvloom.structured_outputs import BackendChoice
 
 
 class FeatureSection(Section):
@@ -19,11 +22,26 @@ class FeatureSection(Section):
                                    Unsupported("text only so far")] = None
     mm_processor_kwargs: Annotated[dict[str, Any] | None, Field(description="for media processors"),
                                    Unsupported("text only so far")] = None
-    override_pooler_config: Annotated[Any, Field(description="how hidden states are pooled"),
-                                      Unsupported("only generation works")] = None
+    override_pooler_config: Annotated[PoolerConfig | None, Field(description="how hidden states are pooled, a PoolerConfig or a "
+                                                                 "dict of its fields; wins over the checkpoint's modules.json")] = None
     speculative_config: Annotated[dict[str, Any] | None, Field(description="draft tokens"), Unsupported("leave it out")] = None
-    guided_decoding_backend: Annotated[str, Field(description="library for structured output"),
-                                       Unsupported("leave it at 'auto'")] = "auto"
+    guided_decoding_backend: Annotated[str, Field(description="grammar backend of structured output: auto, or a registered name; "
+                                                  "options after a colon: disable-any-whitespace, "
+                                                  "disable-additional-properties")] = "auto"
     max_logprobs: Annotated[int, Field(ge=-1, description="most candidates that a request may want with each token; -1: no bound")] = 20
-    disable_log_stats: Annotated[bool, Field(description="leave metrics out"),
-                                 NoEffect("RequestOutput.metrics is always set: it costs a few clock reads")] = True
+    logits_processors: Annotated[tuple[ClassPath, ...] | None, Field(
+        strict=False, description="subclasses of `kvloom.interfaces.LogitsProcessor`, or where they are ('package.module:Class'), that "
+        "run besides the registered ones")] = None
+    disable_log_stats: Annotated[bool, Field(description="False: an event with throughput and cache use every 10 seconds and when the "
+                                             "engine runs out of work. Metrics of requests are always there")] = True
+
+    @field_validator("guided_decoding_backend")
+    @classmethod
+    def _check_backend(cls, value: str) -> str:
+        BackendChoice.parse(value)
+        return value
+
+    @field_validator("override_pooler_config", mode="before")
+    @classmethod
+    def _from_fields(cls, value: Any) -> Any:
+        return PoolerConfig(**value) if isinstance(value, dict) and all(isinstance(k, str) for k in value) else value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
@@ -33,15 +33,19 @@ def _refuse(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def read_model_json(directory: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A checkpoint's config.json with `overrides` (``hf_overrides``) on top. Keys that start with an underscore are dropped."""
+def without_underscores(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers keeps what steers its own code under such keys: nobody may set them from a file."""
+    return {k: v for k, v in raw.items() if not k.startswith("_")}
+
+
+def read_config_file(directory: Path) -> dict[str, Any]:
+    """config.json as it is, but for keys that start with an underscore. Raises `ModelError` where there is none."""
     path = directory / "config.json"
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "nothing"
         raise ModelError(f"{directory} has no config.json (there is {there}); give the directory of a checkpoint in Hugging Face "
                          "format")
-    raw = {k: v for k, v in read_json(path).items() if not k.startswith("_")}
-    return raw | dict(overrides or {})
+    return without_underscores(read_json(path))
 
 
 def parse_model_config(raw: Mapping[str, Any], model: type[C]) -> C:
@@ -53,13 +57,18 @@ def parse_model_config(raw: Mapping[str, Any], model: type[C]) -> C:
     data = dict(raw)
     data["rope"] = _rope(raw)
     data["dtype"] = raw.get("dtype") or raw.get("torch_dtype")
-    data = {k: v for k, v in data.items() if v is not None}
+    data = {k: v for k, v in data.items() if v is not None or _may_be_null(model, k)}
     try:
         return model.model_validate(data)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config.json'}: {e['msg']} (got {_short(e['input'])})"
                              for e in error.errors())
         raise ModelError(f"config.json cannot be used: {problems}") from error
+
+
+def _may_be_null(model: type[ModelConfig], key: str) -> bool:
+    """Whether null says something: for other fields it is the same as no key."""
+    return key in model.model_fields and type(None) in get_args(model.model_fields[key].annotation)
 
 
 def _short(value: object) -> str:
@@ -82,13 +91,23 @@ def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     return rope
 
 
+def has_window(raw: Mapping[str, Any]) -> bool:
+    """Whether some layers see only the last ``sliding_window`` tokens."""
+    return type(raw.get("sliding_window")) is int and raw["sliding_window"] > 0 and raw.get("use_sliding_window", True) is not False
+
+
+def without_window(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the same model in which every layer sees all tokens."""
+    return {**{k: v for k, v in raw.items() if k not in ("use_sliding_window", "layer_types")}, "sliding_window": None}
+
+
 def derive_max_model_len(config: ModelConfig) -> int:
     """Tokens that the model was made for: ``max_position_embeddings``, stretched where the rope type's factor counts from there.
 
     linear, dynamic: max_position_embeddings is the trained context, the factor stretches it. yarn: from the original context.
     llama3: max_position_embeddings is the stretched one already.
     """
-    rope, trained = config.rope, config.max_position_embeddings
+    rope, trained = config.rope, config.max_position_embeddings - config.first_position
     if rope.rope_type in ("linear", "dynamic"):
         return int(trained * rope.factor)
     if rope.rope_type == "yarn":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from kvloom.config.class_path import ClassPath
 from kvloom.config.section import Section
 from kvloom.core.limits import SchedulerLimits
 from kvloom.errors import ConfigError
@@ -23,11 +24,19 @@ class SchedulerSection(Section):
     long_prefill_token_threshold: Annotated[int, Field(ge=0, description="most tokens of one request in one step; 0: no bound")] = 0
     enable_chunked_prefill: Annotated[bool, Field(description="long prompts are computed over several steps; None: True")] = True
     scheduling_policy: Annotated[str, Field(min_length=1, description="fcfs, priority, or a plugin's name")] = "fcfs"
+    scheduler_cls: Annotated[ClassPath, Field(description="a subclass of `kvloom.interfaces.SchedulingPolicy`, or where it is "
+                                              "('package.module:Class'), instead of `scheduling_policy`")] = None
 
     @field_validator("max_num_seqs", "enable_chunked_prefill", mode="before")
     @classmethod
     def _none_is_default(cls, value: Any, info: Any) -> Any:
         return cls.model_fields[info.field_name].default if value is None else value
+
+    @model_validator(mode="after")
+    def _one_policy(self) -> Self:
+        if self.scheduler_cls is not None and self.scheduling_policy != "fcfs":
+            raise ValueError(f"scheduler_cls and scheduling_policy={self.scheduling_policy!r} mean the same; give one of them")
+        return self
 
     def limits(self, max_model_len: int, *, enable_prefix_caching: bool, chunkable: bool) -> SchedulerLimits:
         """What the scheduler is bounded by, once the model is known.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,17 @@ class Unsupported:
 
 
 @dataclass(frozen=True, slots=True)
+class NotYet:
+    """Metadata of a field that works, except for some values that vLLM has.
+
+    Args:
+        values: each with what to give or do instead, as a phrase.
+    """
+
+    values: Mapping[Any, str]
+
+
+@dataclass(frozen=True, slots=True)
 class Secret:
     """Metadata of a field whose value is never shown."""
 
@@ -46,6 +58,11 @@ class Section(BaseModel):
         return next((m for m in cls.model_fields[name].metadata if isinstance(m, NoEffect | Unsupported)), None)
 
     @classmethod
+    def not_yet(cls, name: str) -> Mapping[Any, str]:
+        """Values of a field that works which do not work so far, see `NotYet`."""
+        return next((m.values for m in cls.model_fields[name].metadata if isinstance(m, NotYet)), {})
+
+    @classmethod
     def is_secret(cls, name: str) -> bool:
         """Whether the value must not be shown."""
         return any(isinstance(m, Secret) for m in cls.model_fields[name].metadata)
@@ -56,3 +73,6 @@ class Section(BaseModel):
             state, value = self.state(name), getattr(self, name)
             if isinstance(state, Unsupported) and value != field.get_default(call_default_factory=True) and value not in state.values:
                 raise UnsupportedFeatureError(name, value, state.works)
+            later = self.not_yet(name)
+            if later and isinstance(value, Hashable) and value in later:
+                raise UnsupportedFeatureError(name, value, later[value])

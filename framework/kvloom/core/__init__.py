@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvloom.core.admission import check_prompt_length
 from kvloom.core.block_pool import BlockPool
+from kvloom.core.branches import BranchGroup, BranchRule, EndedBranch
 from kvloom.core.engine import Engine, StepObserver
 from kvloom.core.kv_blocks import BlockTable, KVBlocks
 from kvloom.core.limits import SchedulerLimits
@@ -15,6 +16,9 @@ from kvloom.core.stop import Finish, StopRule
 __all__ = [
     "BlockPool",
     "BlockTable",
+    "BranchGroup",
+    "BranchRule",
+    "EndedBranch",
     "Engine",
     "Finish",
     "KVBlocks",

@@ -43,6 +43,10 @@ class BlockPool:
         """Whether nobody holds `block`."""
         return self._references[block] == 0
 
+    def is_shared(self, block: int) -> bool:
+        """Whether more than one holds `block`."""
+        return self._references[block] > 1
+
     def allocate(self) -> int:
         """A block with one reference. Whatever was known about its content is void.
 

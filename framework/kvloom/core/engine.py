@@ -129,7 +129,7 @@ class Engine:
         scheduler = self.scheduler
         stats = StepStats(
             step.step_id, step.num_tokens, scheduler.num_running, scheduler.num_waiting, len(step.preempted),
-            scheduler.num_free_blocks, scheduler.num_usable_blocks, time.monotonic() - started_s,
+            scheduler.num_free_blocks, scheduler.num_usable_blocks, time.monotonic() - started_s, len(step.swap_out), len(step.swap_in),
         )
         for observer in tuple(self._observers):
             try:

@@ -38,9 +38,10 @@ class SchedulerLimits:
             if f.type == "int" and value < least:
                 raise ConfigError(f"{f.name} must be at least {least}, got {value}")
         if not self.chunked and self.max_num_batched_tokens < self.max_model_len:
+            change = "or set enable_chunked_prefill=True" if self.chunkable else "as this model computes a prompt in one step"
             raise ConfigError(
                 f"prompts are not cut into chunks, so max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
-                f"max_model_len={self.max_model_len}; raise the first, lower the second, or set enable_chunked_prefill=True"
+                f"max_model_len={self.max_model_len}; raise the first, lower the second, {change}"
             )
 
     @property

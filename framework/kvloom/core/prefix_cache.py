@@ -12,8 +12,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from hashlib import sha256
+from typing import TYPE_CHECKING
 
 from kvloom.errors import InternalError
+
+if TYPE_CHECKING:
+    from kvloom.core.host_tier import HostTier
 
 ALL_BLOCKS = 2**62
 """Reach of a group whose layers see every earlier token."""
@@ -43,6 +47,12 @@ class BlockHasher:
             previous = sha256(previous + self._pack(*token_ids[start: start + size])).digest()
             digests.append(previous)
 
+    def partial(self, digests: Sequence[bytes], root: bytes, token_ids: Sequence[int], num_tokens: int) -> bytes:
+        """Digest of a block that holds only the last of `num_tokens` tokens, fewer than a block; no full block has the same."""
+        full, rest = divmod(num_tokens, self._block_tokens)
+        previous = digests[full - 1] if full else root
+        return sha256(previous + struct.pack(f"<{rest}q", *token_ids[num_tokens - rest: num_tokens])).digest()
+
 
 class PrefixCache:
     """Content of blocks that can be found again, by KV group.
@@ -63,6 +73,14 @@ class PrefixCache:
         """Whether the block's content can be found."""
         return block in self._key_of
 
+    def key_of(self, block: int) -> tuple[int, bytes] | None:
+        """Group and digest of the block's content, where it can be found."""
+        return self._key_of.get(block)
+
+    def find(self, group: int, digest: bytes) -> int | None:
+        """The block that holds this content."""
+        return self._block_of[group].get(digest)
+
     def insert(self, group: int, digest: bytes, block: int) -> None:
         """Make a block findable. When another block has this content already, that one stays the one that is found."""
         if self._block_of[group].setdefault(digest, block) == block:
@@ -80,8 +98,8 @@ class PrefixCache:
         for blocks in self._block_of:
             blocks.clear()
 
-    def longest_hit(self, digests: Sequence[bytes]) -> int:
-        """Largest h such that every group has what a token right after the first h blocks reads.
+    def longest_hit(self, digests: Sequence[bytes], host: HostTier | None = None) -> int:
+        """Largest h such that every group has, here or in the `host` tier, what a token right after the first h blocks reads.
 
         That is all h blocks for full attention, and the last `reach` of them for a window.
         """
@@ -90,7 +108,7 @@ class PrefixCache:
         for count, digest in enumerate(digests, 1):
             usable = True
             for group, reach in enumerate(self._reach_blocks):
-                if digest in self._block_of[group]:
+                if digest in self._block_of[group] or (host is not None and host.has(group, digest)):
                     unbroken[group] += 1
                 elif reach == ALL_BLOCKS:
                     return longest
@@ -101,11 +119,9 @@ class PrefixCache:
                 longest = count
         return longest
 
-    def blocks(self, group: int, digests: Sequence[bytes], num_blocks: int) -> list[int | None]:
-        """Blocks of `group` that a hit of `num_blocks` needs, by position; None where a window does not reach."""
-        first = max(0, num_blocks - self._reach_blocks[group])
-        found = self._block_of[group]
-        return [None] * first + [found[digest] for digest in digests[first:num_blocks]]
+    def first_needed(self, group: int, num_blocks: int) -> int:
+        """The first of `num_blocks` blocks that a token right after them reads."""
+        return max(0, num_blocks - self._reach_blocks[group])
 
     def check_integrity(self) -> None:
         """Both directions of the map agree.

@@ -15,12 +15,15 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from kvloom.core.branches import BranchGroup, BranchRule
 from kvloom.core.kv_blocks import BlockTable
 from kvloom.core.stop import Finish, StopRule
 from kvloom.errors import InternalError, RequestFailedError
-from kvloom.interfaces.step import BlockIds, NewSequence, RowResult, TokenLogprob, TokenRange
+from kvloom.interfaces.decoder import Branch
+from kvloom.interfaces.grammar import GrammarSpec
+from kvloom.interfaces.step import BlockIds, NewSequence, Pooled, RowResult, TokenLogprob, TokenRange
 from kvloom.outputs import RequestMetrics
-from kvloom.params import SamplingParams
+from kvloom.params import PoolingParams, SamplingParams
 
 
 class RequestState(Enum):
@@ -36,11 +39,11 @@ class RequestState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class RequestSpec:
-    """What a caller wants computed: one sequence (n siblings are n of these).
+    """What a caller wants computed: one sequence (n siblings are n of these), to be continued or to be pooled.
 
     Args:
         prompt_token_ids: checked against the vocabulary by the caller; not empty.
-        sampling: the engine's own copy: nobody may change it afterwards.
+        sampling: the engine's own copy: nobody may change it afterwards; None for a sequence that is pooled.
         priority: lower is served earlier by the priority policy.
         eos_token_id: end-of-text token; ends the output without a stop reason.
         extra_eos_token_ids: further end tokens (generation_config); the token is the stop reason.
@@ -49,12 +52,14 @@ class RequestSpec:
         cache_root: digest of everything besides tokens that decides what is in the blocks, see `prefix_cache.root_digest`.
         read_prefix_cache: False computes every prompt token (its blocks still serve others).
         leader: sequence id of the sibling whose prompt it shares: it waits until that one's is computed. None: it is the leader.
-        processors, adapter, media, extras: as `NewSequence` says.
+        processors, grammar, adapter, media, extras: as `NewSequence` says.
+        branching: set for a request whose sequences branch; `sampling` then says how many candidates a row gives.
+        pooling: like `sampling`, of a sequence that ends when its prompt is computed.
         arrival_s: ``time.monotonic()`` of the arrival; None means now.
     """
 
     prompt_token_ids: tuple[int, ...]
-    sampling: SamplingParams
+    sampling: SamplingParams | None
     priority: int = 0
     eos_token_id: int | None = None
     extra_eos_token_ids: frozenset[int] = frozenset()
@@ -64,15 +69,30 @@ class RequestSpec:
     read_prefix_cache: bool = True
     leader: int | None = None
     processors: tuple[tuple[str, Any], ...] = ()
+    grammar: GrammarSpec | None = None
     adapter: str | None = None
     media: tuple[tuple[str, int], ...] = ()
     extras: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    branching: BranchRule | None = None
     arrival_s: float | None = None
+    pooling: PoolingParams | None = None
+
+    @property
+    def generation(self) -> SamplingParams:
+        """`sampling` of a sequence that is continued. Raises `InternalError` for one that is pooled."""
+        if self.sampling is None:
+            raise InternalError("a pooling request was taken for one that generates")
+        return self.sampling
 
     @property
     def shares_prompt(self) -> bool:
         """Whether siblings look for its prompt's blocks, also where nothing is kept for other requests."""
-        return self.sampling.num_sequences > 1
+        return (self.sampling is not None and self.sampling.num_sequences > 1) or self.max_branches > 1
+
+    @property
+    def max_branches(self) -> int:
+        """Sequences that it may keep at a time."""
+        return 1 if self.branching is None else self.branching.needs.max_branches
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
@@ -94,18 +114,23 @@ class Request:
         in_flight, in_flight_samples: steps not committed yet that contain it, and how many of them sample a token.
         logprobs: candidates of each output token, empty unless asked for.
         prompt_logprobs: the same for prompt tokens; the first has none.
+        pooled: what a pooling request asked for.
         table: its blocks.
         digests: prefix-cache digests of its full blocks, as far as they were needed.
         order: its place in the scheduler, smaller is served earlier.
+        group: the branches that it is one of, if it branches.
+        candidates: of a branch: best next tokens, until its group decides; empty before.
+        cumulative_logprob: of a branch: of its output tokens.
+        is_untold: a fork that no step has introduced to the worker.
         finish: why it ended, None while it runs.
         error: with ``finish.reason == "error"``: what went wrong; ``__cause__`` is the original exception, if there is one.
         metrics: see `RequestMetrics`.
     """
 
     __slots__ = (
-        "arrival_s", "computed_tokens", "digests", "error", "finish", "in_flight", "in_flight_samples", "logprobs", "lost_tokens",
-        "metrics", "order", "priority", "prompt_logprobs", "prompt_tokens", "scheduled_tokens", "sequence_id", "spec", "state",
-        "stop", "table", "token_ids",
+        "arrival_s", "candidates", "computed_tokens", "cumulative_logprob", "digests", "error", "finish", "group", "in_flight",
+        "in_flight_samples", "is_untold", "logprobs", "lost_tokens", "metrics", "order", "pooled", "priority", "prompt_logprobs",
+        "prompt_tokens", "scheduled_tokens", "sequence_id", "spec", "state", "stop", "table", "token_ids",
     )
 
     def __init__(self, sequence_id: int, spec: RequestSpec, stop: StopRule, table: BlockTable) -> None:
@@ -119,12 +144,17 @@ class Request:
         self.token_ids = list(spec.prompt_token_ids)
         self.logprobs: list[tuple[TokenLogprob, ...]] = []
         self.prompt_logprobs: list[tuple[TokenLogprob, ...]] = []
+        self.pooled: Pooled | None = None
         self.digests: list[bytes] = []
         self.state = RequestState.WAITING
         self.order: tuple[float, ...] = ()
         self.computed_tokens = self.scheduled_tokens = 0
         self.lost_tokens = 0
         self.in_flight = self.in_flight_samples = 0
+        self.group = None if spec.branching is None else BranchGroup(self, spec.branching)
+        self.candidates: tuple[TokenLogprob, ...] = ()
+        self.cumulative_logprob = 0.0
+        self.is_untold = False
         self.finish: Finish | None = None
         self.error: RequestFailedError | None = None
         self.metrics = RequestMetrics(self.arrival_s)
@@ -140,6 +170,11 @@ class Request:
         return self.token_ids[self.prompt_tokens:]
 
     @property
+    def has_place(self) -> bool:
+        """Whether it takes one of the places on the worker."""
+        return self.state in (RequestState.RUNNING, RequestState.DRAINING)
+
+    @property
     def num_preemptions(self) -> int:
         """How often it had to give way."""
         return self.metrics.num_preemptions
@@ -147,6 +182,8 @@ class Request:
     @property
     def unscheduled_tokens(self) -> int:
         """Tokens that a step could compute now, those that a step in flight is about to sample included."""
+        if self.group is not None:  # what comes after its tokens, others decide
+            return len(self.token_ids) - self.scheduled_tokens
         end = len(self.token_ids) + self.in_flight_samples
         # The last token that the sequence may have is never computed: nothing comes after it.
         return end - self.scheduled_tokens if end < self.stop.end_tokens else 0
@@ -159,6 +196,8 @@ class Request:
         self.scheduled_tokens = end
         self.in_flight += 1
         self.in_flight_samples += sample
+        if self.group is not None:
+            return TokenRange(self.sequence_id, start, num_tokens, new_blocks, sample, given=(self.token_ids[-1],) if sample else ())
         return TokenRange(self.sequence_id, start, num_tokens, new_blocks, sample, end - known if end > known else 0)
 
     def landed(self, done: TokenRange) -> None:
@@ -171,12 +210,18 @@ class Request:
         self.computed_tokens = done.start + done.num_tokens
         if row.prompt_logprobs:  # those of tokens that are computed again after a preemption come again
             self.prompt_logprobs[done.start:] = row.prompt_logprobs
+        if row.pooled is not None:
+            self.pooled = row.pooled
+            return Finish("stop")
         if not row.token_ids:
             return None
         metrics = self.metrics
         metrics.last_token_time = now_s
         if metrics.first_token_time is None:
             metrics.first_token_time = now_s
+        if self.group is not None:
+            self.candidates = row.logprobs[0] if row.logprobs else ()
+            return None
         for place, token_id in enumerate(row.token_ids):
             self.token_ids.append(token_id)
             metrics.num_generation_tokens += 1
@@ -186,6 +231,24 @@ class Request:
             if finish is not None:
                 return finish
         return None
+
+    def go_on(self, branch: Branch) -> None:
+        """Its group decided: it gets this token."""
+        self.token_ids.append(branch.token_id)
+        self.logprobs.append(self.candidates)
+        self.cumulative_logprob += branch.logprob
+        self.candidates = ()
+
+    def fork(self, sequence_id: int, table: BlockTable, branch: Branch) -> Request:
+        """A further sequence with its tokens and this one after them; `table` shares its blocks. Call it before `go_on`."""
+        fork = Request(sequence_id, self.spec, self.stop, table)
+        fork.group, fork.metrics, fork.arrival_s = self.group, self.metrics, self.arrival_s
+        fork.token_ids, fork.logprobs, fork.digests = list(self.token_ids), list(self.logprobs), list(self.digests)
+        fork.candidates, fork.cumulative_logprob = self.candidates, self.cumulative_logprob
+        fork.computed_tokens = fork.scheduled_tokens = self.computed_tokens
+        fork.state, fork.is_untold = RequestState.RUNNING, True
+        fork.go_on(branch)
+        return fork
 
     def start(self, cached_tokens: int, now_s: float) -> None:
         """It leaves the queue, with the state of `cached_tokens` tokens taken from the prefix cache."""
@@ -203,6 +266,7 @@ class Request:
         self.metrics.num_preemptions += 1
         self.lost_tokens = self.computed_tokens
         self.computed_tokens = self.scheduled_tokens = 0
+        self.candidates, self.is_untold = (), False  # its last token is computed again, so the candidates come again
         self.state = RequestState.WAITING
 
     def as_new_sequence(self) -> NewSequence:
@@ -210,8 +274,9 @@ class Request:
         spec = self.spec
         return NewSequence(
             self.sequence_id, tuple(self.token_ids), self.prompt_tokens, self.computed_tokens, self.table.ids(), spec.sampling,
-            seed=spec.seed, sample_index=spec.sample_index, adapter=spec.adapter, media=spec.media, extras=dict(spec.extras),
-            end_token_ids=spec.end_token_ids, processors=spec.processors,
+            spec.pooling, spec.seed, sample_index=spec.sample_index, adapter=spec.adapter, media=spec.media, extras=dict(spec.extras),
+            end_token_ids=spec.end_token_ids, processors=spec.processors, grammar=spec.grammar,
+            score_temperature=0.0 if spec.branching is None else spec.branching.needs.temperature,
         )
 
     def check_integrity(self) -> None:
@@ -223,7 +288,7 @@ class Request:
         ended = self.state is RequestState.FINISHED  # what its steps in flight compute is not taken over any more
         if not (
             0 <= self.computed_tokens <= self.scheduled_tokens <= self.table.capacity_tokens
-            and (ended or self.scheduled_tokens < len(self.token_ids) + self.in_flight_samples)
+            and (ended or self.scheduled_tokens < len(self.token_ids) + (self.in_flight_samples or bool(self.candidates)))
             and len(self.token_ids) <= self.stop.end_tokens
             and 0 <= self.in_flight_samples <= self.in_flight
             and (self.in_flight > 0 or self.computed_tokens == self.scheduled_tokens)

@@ -12,12 +12,15 @@ effect on its blocks only when no step in flight contains it::
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
-from collections.abc import Iterable, Mapping
-from operator import attrgetter
+from collections import deque
+from collections.abc import Mapping
 from types import MappingProxyType
 
 from kvloom.core.admission import Admission
+from kvloom.core.branches import BranchGroups
+from kvloom.core.failures import row_failure, step_failure
+from kvloom.core.host_tier import HostTier
+from kvloom.core.integrity import check_groups, check_queues
 from kvloom.core.kv_blocks import KVBlocks
 from kvloom.core.limits import SchedulerLimits
 from kvloom.core.request import Request, RequestSpec, RequestState
@@ -25,9 +28,11 @@ from kvloom.core.request_queue import RequestQueue
 from kvloom.core.step_plan import StepPlan, check_result
 from kvloom.core.stop import Finish
 from kvloom.errors import InternalError, RequestFailedError
+from kvloom.interfaces.decoder import Branch
 from kvloom.interfaces.scheduling import SchedulingPolicy
 from kvloom.interfaces.state import KVGroup
-from kvloom.interfaces.step import BlockIds, RowError, RowResult, Step, StepResult, TokenRange
+from kvloom.interfaces.step import BlockIds, RowResult, Step, StepResult, TokenRange
+from kvloom.interfaces.worker import HostTierReport
 
 NO_CAUSES: Mapping[int, Exception] = MappingProxyType({})
 
@@ -40,18 +45,22 @@ class Scheduler:
         groups: KV groups of the model.
         num_blocks: KV blocks that the workers allocated, block 0 (the null block) included.
         policy: orders requests.
+        host_tier: what the workers keep on the host of blocks that leave the device.
 
     Raises:
         UnsupportedFeatureError, ConfigError: KV groups that it cannot serve, or no usable block.
     """
 
-    def __init__(self, limits: SchedulerLimits, groups: tuple[KVGroup, ...], num_blocks: int, policy: SchedulingPolicy) -> None:
+    def __init__(self, limits: SchedulerLimits, groups: tuple[KVGroup, ...], num_blocks: int, policy: SchedulingPolicy,
+                 host_tier: HostTierReport | None = None) -> None:
         self._limits = limits
         self._chunked, self._max_chunk_tokens = limits.chunked, limits.max_chunk_tokens
         self._policy = policy
-        self._kv = KVBlocks(groups, num_blocks, cached=limits.cached)
+        tier = HostTier.of(host_tier, len(groups), groups[0].block_tokens) if groups and limits.chunkable else None
+        self._kv = KVBlocks(groups, num_blocks, cached=limits.cached, tier=tier)
         self._admission = Admission(limits, groups, self._kv)
         self._requests: dict[int, Request] = {}  # all that hold a place or blocks, finished ones in flight included
+        self._groups = BranchGroups()
         self._held: dict[int, list[Request]] = {}  # leader -> siblings that wait for its prompt
         self._waiting = RequestQueue()
         self._running = RequestQueue()  # RUNNING and DRAINING: those that the worker knows
@@ -91,6 +100,10 @@ class Scheduler:
 
     # -- requests come and go
 
+    def check(self, spec: RequestSpec) -> None:
+        """Raises `RequestValidationError` for a request that can never run here."""
+        self._admission.check(spec)
+
     def add(self, spec: RequestSpec) -> Request:
         """Queue a request; its id is larger than all before.
 
@@ -102,6 +115,7 @@ class Scheduler:
         self._next_sequence_id += 1
         self._requests[request.sequence_id] = request
         request.order = self._order(request)
+        self._groups.add(request)
         leader = self._requests.get(-1 if spec.leader is None else spec.leader)
         if leader is not None and leader.finish is None and not leader.output_tokens:
             request.state = RequestState.HELD
@@ -113,7 +127,10 @@ class Scheduler:
     def finish(self, sequence_id: int, reason: str, stop_reason: int | str | None = None) -> None:
         """End a request from outside: a stop string ("stop") or its caller ("abort"). Unknown and ended ones are left alone."""
         request = self._requests.get(sequence_id)
-        if request is not None and request.finish is None:
+        group = self._groups.find(sequence_id, request)
+        if group is not None:
+            self._groups.end(group, self._end, Finish(reason, stop_reason))
+        elif request is not None and request.finish is None:
             self._end(request, Finish(reason, stop_reason))
 
     def preempt(self, sequence_id: int) -> bool:
@@ -132,17 +149,25 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """The next step: running requests first, in the policy's order, then waiting ones. None when nobody can go on."""
-        plan = StepPlan(self._limits.max_num_batched_tokens)
-        self._schedule_running(plan)
-        if not plan.out_of_blocks:
-            self._schedule_waiting(plan)
+        plan = self._plan()
+        # Branches that wait for the rest of their group keep what the rest needs: the newest give way until somebody can go on.
+        while not len(plan) and self._groups and not self._in_flight and len(self._running) and self.num_waiting:
+            self._preempt(self._running.last)
+            plan = self._plan()
         if not len(plan):
             return None
-        step = plan.seal(self._next_step_id, self._tell_preempted, self._tell_finished)
+        step = plan.seal(self._next_step_id, self._tell_preempted, self._tell_finished, *self._kv.take_moves())
         self._next_step_id += 1
         self._tell_preempted, self._tell_finished = [], []
         self._in_flight.append(step)
         return step
+
+    def _plan(self) -> StepPlan:
+        plan = StepPlan(self._limits.max_num_batched_tokens)
+        self._schedule_running(plan)
+        if not plan.out_of_blocks:
+            self._schedule_waiting(plan)
+        return plan
 
     def _schedule_running(self, plan: StepPlan) -> None:
         for request in self._running:
@@ -150,17 +175,22 @@ class Scheduler:
                 continue
             num_tokens = self._tokens_within(plan, request.unscheduled_tokens)
             new_blocks: BlockIds = ()
+            if num_tokens and request.group is not None and not self._own_last_block(request, plan):
+                plan.out_of_blocks = True
+                continue
             if num_tokens > request.table.capacity_tokens - request.scheduled_tokens:
                 num_tokens = self._make_room(request, num_tokens)
                 plan.out_of_blocks |= not num_tokens
                 new_blocks = self._kv.extend(request, request.scheduled_tokens + num_tokens)
-            if num_tokens:
+            if num_tokens and request.is_untold:
+                plan.introduce(request, num_tokens)
+            elif num_tokens:
                 plan.add(request, num_tokens, new_blocks)
 
     def _schedule_waiting(self, plan: StepPlan) -> None:
         """Strictly in order: when the first cannot start, nobody behind it does."""
         now_s = time.monotonic()
-        while len(self._waiting) and len(self._running) < self._limits.max_num_seqs:
+        while len(self._waiting) and self._has_place_for(self._waiting.first):
             request = self._waiting.first
             hit = self._kv.find_hit(request)
             num_tokens = self._tokens_within(plan, len(request.token_ids) - hit.tokens)
@@ -173,6 +203,10 @@ class Scheduler:
             num_tokens = min(num_tokens, self._kv.tokens_that_fit(request))
             self._kv.extend(request, request.scheduled_tokens + num_tokens)
             plan.introduce(request, num_tokens)
+
+    def _has_place_for(self, request: Request) -> bool:
+        kept = sum(group.places_kept_from(request) for group in self._groups)
+        return len(self._running) + kept + (request.group is None) <= self._limits.max_num_seqs
 
     def _tokens_within(self, plan: StepPlan, num_tokens: int) -> int:
         """How many of the tokens that a request could compute this step may take; a prompt that may not be cut is all or nothing."""
@@ -189,10 +223,24 @@ class Scheduler:
                 return num_tokens
             if fit > 0 and self._chunked:
                 return fit
-            # Blocks that are about to come back are waited for, before another one gives way for nothing.
-            if self._leaving or self._running.last is request:
+            if not self._push_out(request):
                 return 0
-            self._preempt(self._running.last)
+
+    def _own_last_block(self, request: Request, plan: StepPlan) -> bool:
+        """See to it that a branch writes its next token into a block that no other one holds. False when no block is left."""
+        while shared := self._kv.shared_ahead(request):
+            if len(shared) <= self._kv.num_free:
+                plan.copies += self._kv.make_private(request, shared)
+            elif not self._push_out(request):
+                return False
+        return True
+
+    def _push_out(self, request: Request) -> bool:
+        """Let the newest request give way to `request`. False when that would be itself, or blocks are about to come back anyway."""
+        if self._leaving or self._running.last is request:
+            return False
+        self._preempt(self._running.last)
+        return True
 
     # -- commit: the committed cursor
 
@@ -208,25 +256,29 @@ class Scheduler:
         check_result(step, result)
         if self._in_flight and self._in_flight[0].step_id != step.step_id:
             raise InternalError(f"step {step.step_id} is committed before step {self._in_flight[0].step_id}")
-        self._land(step)
+        # A step of which nothing succeeded may not even have moved its blocks.
+        self._land(step, done=any(row.error is None for row in result.rows))
         now_s = time.monotonic()
         updated = []
         for done, row in zip(step.ranges, result.rows, strict=True):
             request = self._requests[done.sequence_id]
             request.landed(done)
             if request.finish is None and self._take_over(request, done, row, now_s, causes.get(done.sequence_id)):
-                updated.append(request)
+                updated.append(request if request.group is None else request.group.root)
             if request.sequence_id in self._leaving and not request.in_flight:
                 self._leave(request)
         return updated
 
     def _take_over(self, request: Request, done: TokenRange, row: RowResult, now_s: float, cause: Exception | None) -> bool:
-        """Apply one row to a live request; True when it got tokens or ended."""
+        """Apply one row to a live request; True when it got tokens or ended. Of a branching one: when all of it ended."""
         if row.error is not None:
-            self._end(request, Finish("error"), _row_failure(row.error, cause))
+            self._fail(request, row_failure(row.error, cause))
             return True
         finish = request.commit(done, row, now_s)
         self._kv.settle(request)
+        if request.group is not None:
+            self._groups.decide(request.group, self._end, self._fork)
+            return not self._groups.lives(request.group)
         if done.sample:
             self._release(request)
         if finish is not None:
@@ -239,14 +291,14 @@ class Scheduler:
         Raises:
             InternalError: `step` is not in flight.
         """
-        self._land(step)
+        self._land(step, done=False)
         failed = []
         for done in step.ranges:
             request = self._requests[done.sequence_id]
             request.landed(done)
             if request.finish is None:
-                self._end(request, Finish("error"), _step_failure(step, error))
-                failed.append(request)
+                self._fail(request, step_failure(step, error))
+                failed.append(request if request.group is None else request.group.root)
             if request.sequence_id in self._leaving and not request.in_flight:
                 self._leave(request)
         # The worker may not have heard who left. Forgetting twice does no harm, forgetting a resumed one would.
@@ -255,17 +307,21 @@ class Scheduler:
         self._tell_finished += step.finished
         return failed
 
-    def _land(self, step: Step) -> None:
+    def _land(self, step: Step, *, done: bool) -> None:
         for place, in_flight in enumerate(self._in_flight):
             if in_flight.step_id == step.step_id:
                 del self._in_flight[place]
+                self._kv.landed(step, done=done)
                 return
         raise InternalError(f"step {step.step_id} is not in flight")
 
     # -- transitions
 
     def _order(self, request: Request) -> tuple[float, ...]:
-        return (*self._policy.sort_key(request), request.sequence_id)
+        if request.group is None:
+            return (*self._policy.sort_key(request), request.sequence_id)
+        root = request.group.root  # branches stay together
+        return (*self._policy.sort_key(root), root.sequence_id, request.sequence_id)
 
     def _release(self, leader: Request) -> None:
         """Its prompt is computed, or it ended: siblings wait for nobody any more."""
@@ -279,7 +335,7 @@ class Scheduler:
             self._leaving.add(request.sequence_id)
             return
         self._running.remove(request)
-        self._kv.free(request)
+        self._kv.set_aside(request)
         request.give_way()
         self._tell_preempted.append(request.sequence_id)
         request.order = self._order(request)
@@ -299,6 +355,20 @@ class Scheduler:
         self._leaving.add(request.sequence_id)
         if not request.in_flight:
             self._leave(request)
+
+    def _fail(self, request: Request, error: RequestFailedError) -> None:
+        if request.group is None:
+            self._end(request, Finish("error"), error)
+        else:
+            self._groups.end(request.group, self._end, Finish("error"), error)
+
+    def _fork(self, parent: Request, branch: Branch) -> Request:
+        fork = parent.fork(self._next_sequence_id, self._kv.fork(parent.table), branch)
+        self._next_sequence_id += 1
+        self._requests[fork.sequence_id] = fork
+        fork.order = self._order(fork)
+        self._running.add(fork)
+        return fork
 
     def _forget_held(self, request: Request) -> None:
         leader = next(i for i, held in self._held.items() if request in held)
@@ -323,37 +393,6 @@ class Scheduler:
         Raises:
             InternalError: they do not; that is a bug.
         """
-        requests = self._requests.values()
-        self._kv.check_integrity(requests)
-        for request in requests:
-            request.check_integrity()
-        known = (RequestState.RUNNING, RequestState.DRAINING)
-        _same("held", (r for held in self._held.values() for r in held), (r for r in requests if r.state is RequestState.HELD))
-        _same("waiting", self._waiting, (r for r in requests if r.state is RequestState.WAITING))
-        _same("running", self._running, (r for r in requests if r.state in known))
-        _same("leaving", (self._requests[i] for i in self._leaving),
-              (r for r in requests if r.state in (RequestState.DRAINING, RequestState.FINISHED)))
-        in_flight = Counter(done.sequence_id for step in self._in_flight for done in step.ranges)
-        if in_flight != {r.sequence_id: r.in_flight for r in requests if r.in_flight}:
-            raise InternalError(f"in flight are {in_flight}, the requests say otherwise")
-
-
-def _same(what: str, listed: Iterable[Request], expected: Iterable[Request]) -> None:
-    """`listed` holds exactly the `expected` requests, a queue in its order."""
-    by_order = sorted(expected, key=attrgetter("order"))
-    if sorted(listed, key=attrgetter("order")) != by_order or (isinstance(listed, RequestQueue) and list(listed) != by_order):
-        raise InternalError(f"the {what} requests are not those whose state says so: {[r.sequence_id for r in by_order]}")
-
-
-def _row_failure(error: RowError, cause: Exception | None) -> RequestFailedError:
-    blame = f" (plugin {error.plugin})" if error.plugin else ""
-    what = error.message if error.type_name == RequestFailedError.__name__ else f"{error.type_name}: {error.message}"
-    failure = RequestFailedError(what + blame)
-    failure.__cause__ = cause
-    return failure
-
-
-def _step_failure(step: Step, error: BaseException) -> RequestFailedError:
-    failure = RequestFailedError(f"step {step.step_id}, which computed this request, raised {type(error).__name__}: {error}")
-    failure.__cause__ = error
-    return failure
+        self._kv.check_integrity(self._requests.values(), self._in_flight)
+        check_queues(self._requests, self._held, self._waiting, self._running, self._leaving, self._in_flight)
+        check_groups(self._groups, self._requests)

@@ -37,12 +37,20 @@ class StopRule:
     end_tokens: int
 
     @classmethod
-    def of(cls, sampling: SamplingParams, prompt_tokens: int, max_model_len: int, eos_token_id: int | None,
-           extra_eos_token_ids: frozenset[int]) -> StopRule:
-        """The rule of one request. `ignore_eos` ignores both kinds of end tokens, never the request's own stop ids."""
+    def of(cls, sampling: SamplingParams | None, prompt_tokens: int, max_model_len: int, eos_token_id: int | None,
+           extra_eos_token_ids: frozenset[int], *, has_grammar: bool = False) -> StopRule:
+        """The rule of one request. `ignore_eos` ignores both kinds of end tokens, never the request's own stop ids.
+
+        Args:
+            sampling: None: the sequence is pooled: it gets no token, and its last one is computed.
+            has_grammar: the worker offers end tokens only where the grammar lets the output end; with `ignore_eos`, only where
+                the output cannot go on.
+        """
+        if sampling is None:
+            return cls(None, frozenset(), prompt_tokens + 1)
         own = frozenset(sampling.stop_token_ids or ())
         end_tokens = max_model_len if sampling.max_tokens is None else min(max_model_len, prompt_tokens + sampling.max_tokens)
-        if sampling.ignore_eos:
+        if sampling.ignore_eos and not has_grammar:
             return cls(None, own, end_tokens)
         return cls(eos_token_id, own | extra_eos_token_ids, end_tokens)
 

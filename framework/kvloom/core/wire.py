@@ -12,11 +12,13 @@ from typing import Any
 import msgpack
 
 from kvloom.errors import InternalError, UnsupportedFeatureError
+from kvloom.interfaces.grammar import GrammarSpec
 from kvloom.interfaces.step import (
     BlockCopy,
     BlockMove,
     EncoderWork,
     NewSequence,
+    Pooled,
     RowError,
     RowResult,
     Step,
@@ -90,6 +92,7 @@ def _read_sampling(data: bytes | None) -> SamplingParams | None:
 def _read_sequence(values: tuple[Any, ...]) -> NewSequence:
     named = dict(zip((f.name for f in fields(NewSequence)), values, strict=True))
     named["sampling"] = _read_sampling(named["sampling"])
+    named["grammar"] = named["grammar"] and GrammarSpec._make(named["grammar"])
     named["pooling"] = named["pooling"] and PoolingParams(**msgpack.unpackb(named["pooling"]))
     return NewSequence(**named)
 
@@ -115,15 +118,10 @@ def _read_row(values: tuple[Any, ...]) -> RowResult:
     return row._replace(
         logprobs=_read_logprobs(row.logprobs),
         prompt_logprobs=_read_logprobs(row.prompt_logprobs),
-        pooled=_lists(row.pooled),
+        pooled=row.pooled and Pooled(*row.pooled),
         error=row.error and RowError(*row.error),  # type: ignore[misc]  # still the plain tuple that travelled
     )
 
 
 def _read_logprobs(positions: Any) -> tuple[tuple[TokenLogprob, ...], ...] | None:
     return None if positions is None else tuple(tuple(map(TokenLogprob._make, candidates)) for candidates in positions)
-
-
-def _lists(value: Any) -> Any:
-    """Pooled data are nested lists."""
-    return [_lists(v) for v in value] if isinstance(value, tuple) else value

@@ -5,13 +5,14 @@ docs/hooks.md has a section for each; a test compares signatures.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvloom.hooks.markers import hookspec
 
 if TYPE_CHECKING:
     from kvloom.interfaces import EngineInfo, Registrar, StepStats
     from kvloom.outputs import RequestOutput
+    from kvloom.pooling_outputs import PoolingRequestOutput
 
 
 class Kind(NamedTuple):
@@ -125,5 +126,5 @@ class HookSpecs:
         """A step was committed."""
 
     @hookspec
-    def kvloom_request_finished(self, output: RequestOutput) -> None:
+    def kvloom_request_finished(self, output: RequestOutput | PoolingRequestOutput[Any]) -> None:
         """A request ended, for whatever reason; called before its caller gets the output."""

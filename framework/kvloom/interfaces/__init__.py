@@ -5,9 +5,9 @@ from __future__ import annotations
 from kvloom.interfaces.adapter import AdaptableLayer, Adapter, AdapterBatch, AdapterReport
 from kvloom.interfaces.attention import AttentionBackend, AttentionBatch, AttentionSpec, LayerCache, TensorShape
 from kvloom.interfaces.comm import Comm
-from kvloom.interfaces.decoder import Branch, Candidates, Decision, Decoder, FinishedBranch, Proposer
+from kvloom.interfaces.decoder import Branch, Branching, Candidates, Decision, Decoder, FinishedBranch, Proposer
 from kvloom.interfaces.executor import Executor
-from kvloom.interfaces.grammar import CompiledGrammar, Grammar, GrammarMatcher, GrammarProblem, GrammarSpec
+from kvloom.interfaces.grammar import CompiledGrammar, Grammar, GrammarMatcher, GrammarProblem, GrammarSpec, GrammarVocabulary
 from kvloom.interfaces.loader import TensorInfo, WeightLoader
 from kvloom.interfaces.media import MediaItem, MediaProcessor
 from kvloom.interfaces.model import (
@@ -44,6 +44,7 @@ from kvloom.interfaces.step import (
     BlockMove,
     EncoderWork,
     NewSequence,
+    Pooled,
     RowError,
     RowResult,
     Step,
@@ -51,8 +52,8 @@ from kvloom.interfaces.step import (
     TokenLogprob,
     TokenRange,
 )
-from kvloom.interfaces.tokenizer import Tokenizer
-from kvloom.interfaces.worker import Worker, WorkerFactory, WorkerReport
+from kvloom.interfaces.tokenizer import EncodedPair, Tokenizer
+from kvloom.interfaces.worker import HostTierReport, Worker, WorkerFactory, WorkerReport
 
 __all__ = [
     "AdaptableLayer",
@@ -66,6 +67,7 @@ __all__ = [
     "BlockCopy",
     "BlockMove",
     "Branch",
+    "Branching",
     "BuildContext",
     "CacheMethod",
     "Candidates",
@@ -74,6 +76,7 @@ __all__ = [
     "Decision",
     "Decoder",
     "EmbeddingMethod",
+    "EncodedPair",
     "EncoderWork",
     "EngineHandle",
     "EngineInfo",
@@ -85,6 +88,8 @@ __all__ = [
     "GrammarMatcher",
     "GrammarProblem",
     "GrammarSpec",
+    "GrammarVocabulary",
+    "HostTierReport",
     "KVGroup",
     "LayerCache",
     "LayerStateSpec",
@@ -103,6 +108,7 @@ __all__ = [
     "ModuleTarget",
     "NewSequence",
     "ParamSpec",
+    "Pooled",
     "Pooler",
     "Proposer",
     "QuantMethod",

@@ -1,7 +1,8 @@
 """Attention backends: where keys and values live, how they are written, how queries read them.
 
 A backend is made once per distinct `AttentionSpec` and engine. Per step it sees `prepare` once per KV group, then `write`
-and `attend` once per layer. No method may synchronise the device with the host.
+and `attend` once per layer; where nothing is stored, `attend_tokens` instead of the two. No method may synchronise the device
+with the host.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kvloom.errors import InternalError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,10 +28,12 @@ class AttentionSpec:
         head_dim: elements of a query or key head (D).
         value_dim: elements of a value head (Dv).
         scale: factor on the scores, usually ``D ** -0.5``.
-        window_tokens: a query sees itself and the ``window_tokens - 1`` tokens before it; None sees all.
+        window_tokens: a query sees itself and the ``window_tokens - 1`` tokens before it, and if not causal, as many after it;
+            None sees all.
         soft_cap: scores become ``soft_cap * tanh(scores / soft_cap)``; None leaves them.
         sinks: one learned extra logit per query head takes part in the softmax.
         causal: False for encoders: every token of a range sees every token of it.
+        stored: False where nothing is kept (`StateKind.NONE`): tokens see tokens of the same step only, by `attend_tokens`.
         cross: keys come from an encoder, see `AttentionBatch.encoder_tokens`.
         latent: keys and values are one compressed row (`StateKind.LATENT`).
         dtype: dtype name of q, k, v and the output.
@@ -46,6 +51,7 @@ class AttentionSpec:
     soft_cap: float | None = None
     sinks: bool = False
     causal: bool = True
+    stored: bool = True
     cross: bool = False
     latent: bool = False
     dtype: str = "float32"
@@ -65,7 +71,8 @@ class TensorShape(NamedTuple):
 class AttentionBatch:
     """The rows of one step for one KV group. Index tensors are on the device; ``*_host`` are the same numbers on the host.
 
-    R rows (one a sequence) in the order of ``Step.ranges``, T tokens in all.
+    R rows (one a sequence) in the order of ``Step.ranges``, T tokens in all. Layers that keep nothing get one, too, with an empty
+    `block_table` and empty `slots`.
 
     Args:
         query_starts: ``[R + 1]`` int32; row r owns tokens ``[query_starts[r], query_starts[r + 1])``.
@@ -146,6 +153,14 @@ class AttentionBackend(ABC):
         Block-table entries outside a row's context or window may belong to others: they must not influence the result,
         not even through NaN. `sinks` is ``[Hq]`` when the spec has sinks.
         """
+
+    def attend_tokens(self, q: Tensor, k: Tensor, v: Tensor, meta: Any, out: Tensor) -> Tensor:
+        """Attention without state: ``q [T, Hq, D]`` against this step's own ``k [T, Hk, D]`` and ``v [T, Hk, Dv]``; fills and returns
+        ``out [T, Hq, Dv]``. Tokens of a range see tokens of that range only, and each range begins at position 0.
+
+        Called only where ``spec.stored`` is False; a backend whose `supports` takes such a spec implements it.
+        """
+        raise InternalError(f"{type(self).__name__} took {self.spec}, but has no attend_tokens")
 
     def norm_rope_write(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, meta: Any, cos_sin: Tensor,
                         positions: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> bool:

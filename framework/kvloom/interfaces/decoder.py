@@ -9,8 +9,33 @@ from typing import Any, ClassVar, NamedTuple
 from kvloom.interfaces.step import TokenLogprob
 
 
+class Branching(NamedTuple):
+    """What a decoder needs for one request.
+
+    Fields:
+        max_branches: most sequences that live at a time; the scheduler keeps so many places free for them.
+        candidates_per_row: best next tokens that each of them wants after each step, at least 1.
+        max_tokens: most output tokens of a sequence, at least 1; one that has them must not live on.
+        num_results: how many finished sequences are given back, those with the largest scores.
+        temperature: log-probabilities are of logits divided by it; 0 leaves the logits alone.
+    """
+
+    max_branches: int
+    candidates_per_row: int
+    max_tokens: int
+    num_results: int
+    temperature: float = 0.0
+
+
 class Candidates(NamedTuple):
-    """Best next tokens of one live sequence after a step, best first; its `branch` is what `Decision.live` refers to."""
+    """Best next tokens of one live sequence after a step, best first.
+
+    Fields:
+        branch: 0, 1, ...: what `Branch.parent` refers to. Live sequences are numbered as the last `Decision` listed them.
+        token_ids: its output tokens so far.
+        cumulative_logprob: sum of their log-probabilities.
+        best: candidates, the most probable first.
+    """
 
     branch: int
     token_ids: tuple[int, ...]
@@ -27,8 +52,17 @@ class Branch(NamedTuple):
 
 
 class FinishedBranch(NamedTuple):
-    """A sequence that ended: output tokens, score by which results are ordered, reason ("stop" or "length")."""
+    """A sequence that ends.
 
+    Fields:
+        parent: the branch whose tokens it has.
+        token_ids: what comes after them, possibly nothing.
+        score: by which results are ordered, largest first; equal ones in the order in which they ended.
+        cumulative_logprob: of all output tokens.
+        reason: "stop" or "length".
+    """
+
+    parent: int
     token_ids: tuple[int, ...]
     score: float
     cumulative_logprob: float
@@ -45,20 +79,33 @@ class Decision(NamedTuple):
 class Decoder(ABC):
     """Decides how one request's sequences branch. Registered with ``kvloom_register_decoders``.
 
-    The core owns blocks and forks; a decoder sees tokens and scores only. Its state belongs to one request and is replaced, not
-    changed: `decide` returns the new one, so a step can be repeated.
+    The core owns blocks and forks; a decoder sees tokens and scores only. One instance an engine; what belongs to a request is in
+    its state, which is replaced, not changed: `decide` returns the new one.
     """
 
-    candidates_per_row: ClassVar[int] = 0
-    """Candidates that each row must return; 0: `start` says it."""
+    plugin_config: ClassVar[Any] = None
+    """Set by the loader to the plugin's validated configuration."""
 
     @abstractmethod
-    def start(self, params: Any, prompt_token_ids: Sequence[int], eos_token_ids: frozenset[int]) -> tuple[Any, int]:
-        """``(state, candidates per row)``. Raises `RequestValidationError` for parameters it cannot serve."""
+    def start(self, params: Any, prompt_token_ids: Sequence[int], eos_token_ids: frozenset[int],
+              room_tokens: int) -> tuple[Any, Branching]:
+        """``(state, what the request needs)``, before anything is computed.
+
+        Args:
+            params: what the caller gave, of whatever type this decoder takes.
+            eos_token_ids: tokens that end a text, whether or not the request heeds them.
+            room_tokens: output tokens that fit after the prompt.
+
+        Raises:
+            RequestValidationError, RequestTypeError: parameters that it cannot serve.
+        """
 
     @abstractmethod
     def decide(self, state: Any, candidates: Sequence[Candidates]) -> tuple[Any, Decision]:
-        """After each committed step: every live branch's candidates -> the new state and what lives on."""
+        """Once every live branch has its candidates -> the new state and what lives on. At first there is one branch, the prompt.
+
+        What it raises fails its request only.
+        """
 
 
 class Proposer(ABC):

@@ -42,8 +42,28 @@ class Executor(ABC):
         """Run a worker method (by name) or a function of the worker on every worker; results by rank.
 
         In process a function is called directly; across processes it must be a module-level one and travels as
-        ``module:name``. Raises TimeoutError after `timeout_s`.
+        ``module:name``. Raises TimeoutError after `timeout_s`. What is late then goes on: until it ends, everything but
+        `close` raises `EngineStateError`.
         """
+
+    def check_ready(self) -> None:
+        """Raises `EngineStateError` while no step can be submitted. Asked before requests are queued."""
+
+    def sleep(self, level: int) -> None:
+        """`Worker.sleep` on every worker."""
+        self.call("sleep", args=(level,))
+
+    def wake_up(self, tags: Sequence[str]) -> None:
+        """`Worker.wake_up` on every worker."""
+        self.call("wake_up", args=(tuple(tags),))
+
+    def start_profile(self, directory: str, prefix: str) -> None:
+        """`Worker.start_profile` on every worker."""
+        self.call("start_profile", args=(directory, prefix))
+
+    def stop_profile(self) -> list[str]:
+        """`Worker.stop_profile` on every worker; by rank."""
+        return self.call("stop_profile")
 
     @abstractmethod
     def close(self) -> None:

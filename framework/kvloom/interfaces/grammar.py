@@ -5,19 +5,29 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from kvloom.interfaces.tokenizer import Tokenizer
+from kvloom.structured_outputs import GrammarSpec
+
+__all__ = ["CompiledGrammar", "Grammar", "GrammarMatcher", "GrammarProblem", "GrammarSpec", "GrammarVocabulary"]
 
 
 @dataclass(frozen=True, slots=True)
-class GrammarSpec:
-    """What the output must be: a JSON Schema, any JSON object, a regular expression, a choice (a JSON list), an EBNF grammar."""
+class GrammarVocabulary:
+    """What a grammar library may know of the model's tokens: plain data, so that neither a worker nor the process in which a
+    grammar is tried needs a tokenizer.
 
-    kind: Literal["json", "json_object", "regex", "choice", "grammar"]
-    text: str
-    whitespace: str | None = None
+    Args:
+        tokens: ``[V]`` the bytes that each token adds to the text. Empty for tokens that may never be chosen inside of a
+            grammar: special ones, those that end a text, and ids that the tokenizer does not know.
+    """
+
+    tokens: tuple[bytes, ...]
+
+    @property
+    def size(self) -> int:
+        """V: tokens that the model knows."""
+        return len(self.tokens)
 
 
 class GrammarProblem(NamedTuple):
@@ -35,7 +45,16 @@ class GrammarMatcher(ABC):
     def fill_masks(self, masks: memoryview, draft_token_ids: Sequence[int]) -> None:
         """Write one bitmask row of ``ceil(V / 32)`` int32 words for the next token and for the position after each draft.
 
-        Bit i of word i // 32 is 1 where the token is allowed. Does not move the matcher. Called while the model runs.
+        Bit i % 32 of word i // 32 is 1 where the text may go on with token i. Ends are the core's: it asks `is_complete` and allows
+        the tokens that end a text there, and only there. Does not move the matcher. Called while the model runs, in another thread
+        than the other methods, never together with them.
+
+        Args:
+            masks: ``(1 + drafts) * ceil(V / 32)`` int32, C-contiguous; what is in there is anything.
+            draft_token_ids: proposed tokens; rows after one that the grammar does not allow are all 0.
+
+        Raises:
+            RequestFailedError: the position is too complex.
         """
 
     @abstractmethod
@@ -56,7 +75,11 @@ class GrammarMatcher(ABC):
 
 
 class CompiledGrammar(ABC):
-    """Immutable and shared between requests; cached by the core under a byte bound."""
+    """Immutable and shared between requests; cached by the core under a byte bound.
+
+    Attributes:
+        size_bytes: of what it holds, matchers not counted; an estimate is fine, 0 is not.
+    """
 
     size_bytes: int
 
@@ -66,18 +89,20 @@ class CompiledGrammar(ABC):
 
 
 class Grammar(ABC):
-    """A grammar library. Registered with ``kvloom_register_grammars``; made once with the engine's tokenizer.
+    """A grammar library. Registered with ``kvloom_register_grammars``; made once a process.
 
-    The core calls `compile` under time and memory limits and may kill it: it must not hold locks of the engine.
+    A request's spec is first tried in a process of its own, which the core bounds in time and memory and kills: `validate`,
+    `compile`, and the first mask. Only a spec that came through is compiled in the engine. So both must do the same work for the
+    same spec, and must not depend on the engine's process.
     """
 
     @abstractmethod
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None: ...
+    def __init__(self, vocabulary: GrammarVocabulary) -> None: ...
 
     @abstractmethod
     def validate(self, spec: GrammarSpec) -> list[GrammarProblem]:
-        """Everything in `spec` that cannot be enforced; empty when it can. Runs at admission."""
+        """Everything in `spec` that cannot be enforced, malformed parts included; empty when all can."""
 
     @abstractmethod
     def compile(self, spec: GrammarSpec) -> CompiledGrammar:
-        """Raises `RequestValidationError` for a grammar that is malformed."""
+        """Raises `RequestValidationError` for what `validate` finds fault with."""

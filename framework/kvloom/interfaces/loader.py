@@ -20,7 +20,8 @@ class TensorInfo(NamedTuple):
 
 
 class WeightLoader(ABC):
-    """One ``load_format``. Registered with ``kvloom_register_loaders``; made anew for each load."""
+    """One ``load_format``. Registered with ``kvloom_register_loaders``; made anew for each load, without arguments, or with
+    ``model_loader_extra_config`` as an object of the ``config`` that it was registered with."""
 
     needs_files: bool = True
     """False when it makes its own numbers (dummy weights): `directory` then only needs a config.json."""

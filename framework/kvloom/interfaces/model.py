@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from kvloom.interfaces.attention import AttentionBackend, AttentionSpec, LayerCache
@@ -65,7 +66,7 @@ class ForwardContext:
 
     Args:
         comm: collectives of this tensor-parallel group.
-        layers: by layer index; None for layers without state.
+        layers: by layer index; None for layers that asked for no backend.
         adapters: rows and adapters of this step, None when no row has one.
         auxiliary_layers: layers whose hidden states the caller wants in `ModelOutputs.auxiliary`.
     """
@@ -91,6 +92,7 @@ class BuildContext:
         cache_dtype: of keys and values.
         block_tokens: tokens in a KV block.
         make_backend: chooses and makes a layer's attention backend, see `BackendFactory`.
+        task: one of `Model.tasks_of`: without "generate" nobody asks for logits, and an output head need not be there.
     """
 
     dtype: torch.dtype
@@ -104,6 +106,7 @@ class BuildContext:
     make_backend: BackendFactory
     pipeline_rank: int = 0
     pipeline_size: int = 1
+    task: str = "generate"
 
 
 class BackendFactory(Protocol):
@@ -149,19 +152,27 @@ class Model(ABC):
 
     position_axes: int = 1
     """P of `ModelInputs.positions`."""
-    extra_inputs: tuple[str, ...] = ()
-    """Names of the per-token integers that `forward` reads from `ModelInputs.extras`."""
+    extra_inputs: Mapping[str, int] = MappingProxyType({})
+    """Names of the per-token integers that `forward` reads from `ModelInputs.extras`, each with its number of values: an integer
+    is 0 or more and less than that, and 0 where a request gives none. An instance may set its own."""
     chunkable: bool = True
     """False when a prompt must be computed in one step (bidirectional encoders)."""
     tasks: tuple[str, ...] = ("generate", "embed")
-    """What it can be used for, preferred first: generate, embed, classify, score, reward. An instance may narrow its class's."""
+    """What it can be used for, preferred first: generate, embed, classify, score, reward. See `tasks_of`."""
     pooling: str = "LAST"
-    """How its hidden states are pooled when neither the configuration nor the checkpoint says."""
+    """How its hidden states are pooled when neither the configuration nor the checkpoint says. An instance may set its own."""
+    pooling_options: Mapping[str, Any] = MappingProxyType({})
+    """Fields of `PoolerConfig` that are not the defaults of its task: ``softmax``, ``normalize``, ``step_tag_id``, ..."""
     ignored: tuple[str, ...] = ()
-    """Shell patterns (`fnmatch`) of checkpoint tensors known to be unused, e.g. ``*.rotary_emb.inv_freq``."""
+    """Shell patterns (`fnmatch`) of checkpoint tensors known to be unused, e.g. ``*.rotary_emb.inv_freq``; see `tensor_name`."""
 
     @abstractmethod
     def __init__(self, config: Any, build: BuildContext) -> None: ...
+
+    @classmethod
+    def tasks_of(cls, config: Any) -> tuple[str, ...]:
+        """`tasks` of a checkpoint with this config.json: what depends on its number of labels. Nothing is built yet."""
+        return cls.tasks
 
     @abstractmethod
     def forward(self, inputs: ModelInputs, ctx: ForwardContext) -> ModelOutputs:
@@ -173,7 +184,7 @@ class Model(ABC):
         model's dtype or in float32."""
 
     def classify(self, pooled: Tensor, ctx: ForwardContext) -> Tensor:
-        """``pooled [R, H]``, or every position's ``hidden [T, H]`` -> ``[R, labels]``: the label head, without an activation.
+        """Pooled rows ``[R, H]``, in the model's dtype -> ``[R, labels]``: the label head, without an activation.
 
         Called only for tasks that need it (classify, score, reward) of a model that lists one of them in `tasks`.
         """
@@ -189,6 +200,14 @@ class Model(ABC):
     def module_map(self) -> Mapping[str, ModuleTarget]:
         """Checkpoint module prefix (``model.layers.0.self_attn.q_proj``) -> target. Prefixes of other pipeline stages are listed
         in `other_stage_prefixes`, a tied ``lm_head`` in `ignored`."""
+
+    def tensor_name(self, name: str) -> str:
+        """What `module_map`, `ignored` and `other_stage_prefixes` call the checkpoint's tensor `name`.
+
+        Checkpoints of one architecture differ in the prefix that they give the base model, or in what they call a norm's weight. Our
+        own names stay as they are. Two tensors that get one name are refused.
+        """
+        return name
 
     def other_stage_prefixes(self) -> tuple[str, ...]:
         """Checkpoint prefixes that another pipeline stage loads."""

@@ -60,6 +60,11 @@ class ModelConfig(BaseModel):
     dtype: str | None = Field(default=None, description="dtype of the checkpoint, as config.json says")
     quantization_config: dict[str, Any] | None = None
 
+    @property
+    def first_position(self) -> int:
+        """Index in the position table of a sequence's first token: positions before it are nobody's."""
+        return 0
+
     @model_validator(mode="before")
     @classmethod
     def _fill_heads(cls, data: Any) -> Any:

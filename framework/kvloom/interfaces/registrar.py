@@ -27,7 +27,8 @@ class Registrar(Protocol):
             name: what configurations and requests call it; a free string.
             target: ``"package.module:Class"``, imported when the component is first used.
             needs: hardware, dtypes and packages, as data that is read without importing the target.
-            config: pydantic model of the component's parameters (a model's config.json, a processor's request parameters), or
+            config: pydantic model of the component's parameters (a model's config.json, a processor's request parameters, a
+                loader's ``model_loader_extra_config``), or
                 ``"package.module:Class"`` of it.
 
         Raises:

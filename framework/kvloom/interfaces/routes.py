@@ -16,7 +16,7 @@ class EngineInfo(Protocol):
 
     @property
     def model_name(self) -> str:
-        """The checkpoint, as the configuration names it."""
+        """``served_model_name``, else the checkpoint, as the configuration names it."""
 
     def stats(self) -> Mapping[str, float]:
         """Counters and gauges, by name with unit."""

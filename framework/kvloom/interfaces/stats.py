@@ -15,6 +15,7 @@ class StepStats(NamedTuple):
         num_preempted: requests that gave way in this step.
         free_blocks, total_blocks: of the KV pool; free ones may still hold cached prefixes.
         seconds: from schedule to commit.
+        blocks_out, blocks_in: KV blocks moved to the host tier and back.
     """
 
     step_id: int
@@ -25,3 +26,5 @@ class StepStats(NamedTuple):
     free_blocks: int
     total_blocks: int
     seconds: float
+    blocks_out: int = 0
+    blocks_in: int = 0

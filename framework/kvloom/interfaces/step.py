@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from kvloom.interfaces.grammar import GrammarSpec
 from kvloom.params import PoolingParams, SamplingParams
 
 BlockIds = tuple[tuple[int, ...], ...]
@@ -24,7 +25,7 @@ class NewSequence:
         sequence_id: the engine's own id, never reused.
         token_ids: every token known so far, prompt first.
         prompt_tokens: how many of them are the prompt.
-        computed_tokens: tokens whose state is already in the blocks (prefix cache hit, fork).
+        computed_tokens: tokens whose state is already in the blocks (prefix cache hit, fork, moved back by this step).
         block_ids: the sequence's whole block table, by group; ``len == ceil(tokens / block_tokens)`` up to the first
             range of this step. Entries that fell out of a window are 0.
         sampling: set for generation; its ``n`` siblings are sequences of their own.
@@ -36,6 +37,8 @@ class NewSequence:
         extras: named per-token integers the model asked for (``token_type_ids``), each as long as the prompt.
         end_token_ids: that end a text, for processors that put that off.
         processors: name of each logits processor that the request asks for, with its parameters as plain data.
+        score_temperature: candidates' log-probabilities are of logits divided by it; 0 leaves the logits alone.
+        grammar: what the output must be, or None.
     """
 
     sequence_id: int
@@ -52,6 +55,8 @@ class NewSequence:
     extras: dict[str, tuple[int, ...]] = field(default_factory=dict)
     end_token_ids: tuple[int, ...] = ()
     processors: tuple[tuple[str, Any], ...] = ()
+    score_temperature: float = 0.0
+    grammar: GrammarSpec | None = None
 
 
 class TokenRange(NamedTuple):
@@ -62,10 +67,12 @@ class TokenRange(NamedTuple):
         start: first position to compute; everything before it is in the blocks.
         num_tokens: how many positions; the first ``num_tokens - len(draft_token_ids)`` are tokens of the sequence.
         new_blocks: block ids appended to the sequence's table, by group; ``()`` when there are none.
-        sample: whether the last position's logits are sampled (its successor is not known to anybody).
+        sample: whether the sequence's last known position is computed: its logits are sampled (the successor is not known to
+            anybody), or the sequence is pooled.
         pending: how many of the range's trailing tokens are results of earlier steps that were not committed yet: the
             worker already holds them, the scheduler does not ("row r of step k").
         draft_token_ids: proposed successors that this step verifies (speculation).
+        given: the range's last tokens, where a decoder chose them: they replace what the worker sampled.
     """
 
     sequence_id: int
@@ -75,14 +82,17 @@ class TokenRange(NamedTuple):
     sample: bool = False
     pending: int = 0
     draft_token_ids: tuple[int, ...] = ()
+    given: tuple[int, ...] = ()
 
 
 class BlockCopy(NamedTuple):
-    """Copy a whole block before the step's forward (a fork's partly filled last block). Same group, both owned."""
+    """Copy a whole block before the step's forward (a fork's partly filled last block), and put the copy in the source's place, which
+    is the last of the sequence's table. Made in their order, once however often the step comes: the source may be written since."""
 
     group: int
     source: int
     target: int
+    sequence_id: int
 
 
 class BlockMove(NamedTuple):
@@ -152,6 +162,13 @@ class RowError:
     plugin: str | None = None
 
 
+class Pooled(NamedTuple):
+    """A pooled result: little-endian float32 numbers, row after row. One axis (embedding, scores of labels), or two (a row a token)."""
+
+    shape: tuple[int, ...]
+    data: bytes
+
+
 class RowResult(NamedTuple):
     """What one range of a step produced.
 
@@ -161,7 +178,7 @@ class RowResult(NamedTuple):
         logprobs: per token the candidates asked for, sampled token first; None when not asked.
         prompt_logprobs: the same for the prompt tokens that follow this range's positions: of prompt position
             ``start + 1`` on, as far as the prompt goes.
-        pooled: plain nested lists of floats of a finished pooling task.
+        pooled: of a sequence that is pooled, with its last range.
         error: set when only this row failed.
     """
 
@@ -169,7 +186,7 @@ class RowResult(NamedTuple):
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[tuple[TokenLogprob, ...], ...] | None = None
     prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...] | None = None
-    pooled: Any = None
+    pooled: Pooled | None = None
     error: RowError | None = None
 
 

@@ -5,15 +5,34 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
+
+from kvloom.errors import UnsupportedFeatureError
+
+
+class EncodedPair(NamedTuple):
+    """Two texts as one prompt: ids, and which text each belongs to, where the tokenizer's model has such types (else empty)."""
+
+    token_ids: list[int]
+    token_type_ids: list[int]
 
 
 class Tokenizer(ABC):
     """Registered with ``kvloom_register_tokenizers`` under a ``tokenizer_mode``. Made once an engine; must be thread-safe."""
 
     @abstractmethod
-    def __init__(self, directory: Path, *, trust_remote_code: bool = False) -> None:
-        """Load from a directory. Raises `ModelError` that names the files looked at."""
+    def __init__(self, directory: Path, *, trust_remote_code: bool = False, code_revision: str | None = None) -> None:
+        """Load from a directory. Raises `ModelError` that names the files looked at.
+
+        Args:
+            trust_remote_code, code_revision: for the gate, `kvloom.interfaces.remote_code.from_pretrained`, through which every use
+                of transformers' Auto classes goes.
+        """
+
+    @classmethod
+    def adopt(cls, underlying: Any) -> Self | None:
+        """From the library's own object (``LLM.set_tokenizer``). None, as here, when it is not one of this library."""
+        return None
 
     @property
     @abstractmethod
@@ -34,6 +53,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def bos_token_id(self) -> int | None:
         """Begin of text, None when there is none."""
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """Padding, None, as here, when there is none."""
+        return None
 
     @property
     @abstractmethod
@@ -68,6 +92,18 @@ class Tokenizer(ABC):
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
 
+    def encode_within(self, text: str, max_tokens: int) -> list[int]:
+        """`encode` with special tokens, cut to `max_tokens` so that these stay. Raises `ValueError` where they do not fit."""
+        raise UnsupportedFeatureError("truncate_prompt_tokens", max_tokens, f"{type(self).__name__} cannot cut a text")
+
+    def encode_pair(self, text: str, pair: str, max_tokens: int | None = None) -> EncodedPair:
+        """Two texts as one prompt, as a cross-encoder reads them, the longer one cut first where it has more than `max_tokens`.
+
+        Raises:
+            ValueError: the special tokens alone are more.
+        """
+        raise UnsupportedFeatureError("score", type(self).__name__, "this tokenizer cannot encode pairs of texts")
+
     @abstractmethod
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True) -> str:
         """Text of a whole sequence; no clean-up of spaces. More tokens never change it, except characters at its end that are
@@ -85,3 +121,15 @@ class Tokenizer(ABC):
         Returns:
             Its text alone; U+FFFD where that is no whole character, empty for ids that the tokenizer does not know.
         """
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes that a token adds to a text, for grammars; any id may be asked for.
+
+        Those of a sequence, put together and decoded with U+FFFD for what is no character, are `decode`'s text, except that some
+        tokenizers leave out a space at the very beginning. Empty for special tokens and unknown ids.
+
+        Raises:
+            UnsupportedFeatureError: the tokenizer does not tell, as here.
+        """
+        raise UnsupportedFeatureError("structured output", type(self).__name__, "this tokenizer has no token_bytes: use another "
+                                      "tokenizer_mode, or no grammar")

@@ -6,19 +6,22 @@ Every layer takes the `BuildContext` first, then sizes of the whole model; every
 from __future__ import annotations
 
 from kvloom.layers.activation import activation, gated
-from kvloom.layers.attention import Attention, attention_state
+from kvloom.layers.attention import Attention, TokenAttention, attention_state
 from kvloom.layers.base import LoadableModule
 from kvloom.layers.embedding import Embedding, LMHead
+from kvloom.layers.fused import FusedShards
 from kvloom.layers.linear import ColumnLinear, GateUpLinear, Linear, LinearLayer, QKVLinear, RowLinear
-from kvloom.layers.norm import RMSNorm
+from kvloom.layers.norm import LayerNorm, RMSNorm
 from kvloom.layers.rotary import Rotary, Rotation, rotate
 
 __all__ = [
     "Attention",
     "ColumnLinear",
     "Embedding",
+    "FusedShards",
     "GateUpLinear",
     "LMHead",
+    "LayerNorm",
     "Linear",
     "LinearLayer",
     "LoadableModule",
@@ -27,6 +30,7 @@ __all__ = [
     "Rotary",
     "Rotation",
     "RowLinear",
+    "TokenAttention",
     "activation",
     "attention_state",
     "gated",

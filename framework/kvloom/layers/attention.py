@@ -1,4 +1,4 @@
-"""Attention over the paged state: writes this step's keys and values, reads everything the queries may see."""
+"""Attention: over the paged state, to which this step's keys and values are written, or over this step's own tokens."""
 
 from __future__ import annotations
 
@@ -74,6 +74,44 @@ class Attention(nn.Module):
         eps = 0.0 if self.q_norm is None else self.q_norm.eps
         return step.backend.norm_rope_write(q, k, v, step.cache, step.meta, rotation.table, rotation.positions,
                                             q_norm, k_norm, eps)
+
+
+class TokenAttention(nn.Module):
+    """Rotary embedding and scores over this step's own tokens; nothing is kept. Its layer's state is `StateKind.NONE`.
+
+    A model that has such layers computes a prompt in one step (`Model.chunkable` is False). Holds no weights.
+
+    Args:
+        layer_index: place in ``Model.state_specs()`` and in ``ForwardContext.layers``.
+        num_heads, num_kv_heads: heads of the whole model.
+        head_dim: elements of a head.
+        window_tokens: a token sees itself and up to ``window_tokens - 1`` tokens on either side; None sees all.
+        causal: True: only those before it.
+
+    Raises:
+        ConfigError: the tensor-parallel size does not fit the heads, or no backend serves this layer.
+    """
+
+    def __init__(self, build: BuildContext, layer_index: int, num_heads: int, num_kv_heads: int, head_dim: int, *,
+                 window_tokens: int | None = None, causal: bool = False) -> None:
+        super().__init__()
+        heads, kv_heads = local_heads(num_heads, num_kv_heads, build.comm.size)
+        self.layer_index = layer_index
+        self.spec = AttentionSpec(
+            num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, value_dim=head_dim, scale=head_dim ** -0.5,
+            window_tokens=window_tokens, causal=causal, stored=False, dtype=dtype_name(build.dtype),
+            cache_dtype=dtype_name(build.dtype), device=build.device.type, block_tokens=build.block_tokens)
+        build.make_backend(self.spec, layer_index)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation | None, ctx: ForwardContext) -> Tensor:
+        """``q [T, Hq, D], k [T, Hk, D], v [T, Hk, D]`` of this rank, views are fine -> ``[T, Hq * D]``."""
+        step = ctx.layers[self.layer_index]
+        if step is None:
+            raise InternalError(f"layer {self.layer_index} was given no attention backend")
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        out = q.new_empty((q.shape[0], self.spec.num_heads, self.spec.value_dim))
+        return step.backend.attend_tokens(q, k, v, step.meta, out).flatten(1)
 
 
 def attention_state(build: BuildContext, num_heads: int, num_kv_heads: int, head_dim: int, *, value_dim: int | None = None,

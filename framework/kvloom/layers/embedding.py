@@ -27,7 +27,8 @@ class Embedding(LoadableModule):
         is_head: whether `logits` will be called.
     """
 
-    def __init__(self, build: BuildContext, prefix: str, num_rows: int, width: int, *, bias: bool = False, is_head: bool = False) -> None:
+    def __init__(self, build: BuildContext, prefix: str, num_rows: int, width: int, *, bias: bool = False,
+                 is_head: bool = False) -> None:
         super().__init__(prefix)
         self._is_head = is_head
         method = build.quant.for_embedding(prefix, build.dtype) or build.plain.for_embedding(prefix, build.dtype)

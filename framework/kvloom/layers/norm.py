@@ -1,8 +1,9 @@
-"""Root mean square normalisation (Zhang and Sennrich, 2019)."""
+"""Normalisation: by the root mean square (Zhang and Sennrich, 2019), and by mean and variance (Ba et al., 2016)."""
 
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn import functional
 
 from kvloom.interfaces.model import BuildContext
 from kvloom.interfaces.quant import ParamSpec
@@ -43,3 +44,25 @@ class RMSNorm(LoadableModule):
         if residual is None:
             return self(x), x
         return rms_norm_add(x, residual, self.tensors["weight"], self.eps)
+
+
+class LayerNorm(LoadableModule):
+    """``(x - mean(x)) / sqrt(variance(x) + eps) * weight + bias`` over the last axis, in float32; every rank has all of it.
+
+    Args:
+        prefix: checkpoint module prefix.
+        width: length of the normalised axis.
+        eps: added to the variance.
+        bias: whether the checkpoint has a bias.
+    """
+
+    def __init__(self, build: BuildContext, prefix: str, width: int, eps: float, *, bias: bool = True) -> None:
+        super().__init__(prefix)
+        self.width, self.eps = width, eps
+        spec = ParamSpec((width,), dtype_name(build.dtype))
+        self.add_params({None: {"weight": spec, "bias": spec} if bias else {"weight": spec}}, Span.all_of(width),
+                        {None: Span.all_of(width)}, build.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., width] -> [..., width]``."""
+        return functional.layer_norm(x, (self.width,), self.tensors["weight"], self.tensors.get("bias"), self.eps)

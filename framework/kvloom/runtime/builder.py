@@ -10,9 +10,12 @@ from typing import Any
 import torch
 
 from kvloom.config import EngineConfig
-from kvloom.config.checkpoint import resolve_model_dir
+from kvloom.config.checkpoint import Fetch, resolve_model_dir
 from kvloom.config.generation import default_sampling, end_tokens, read_generation
-from kvloom.config.model_json import derive_max_model_len, parse_model_config, read_model_json
+from kvloom.config.model import ModelSection
+from kvloom.config.model_json import derive_max_model_len, has_window, parse_model_config, without_window
+from kvloom.config.pooling import GENERATE, PoolingPlan, choose_task, plan_pooling
+from kvloom.config.sentence_transformers import is_sentence_model, read_modules
 from kvloom.errors import ConfigError, NotRegisteredError, PluginLoadError, UnsupportedArchitectureError
 from kvloom.hooks.loader import PluginSet
 from kvloom.hooks.registry import Entry
@@ -24,6 +27,7 @@ from kvloom.interfaces.quant import QuantMethod
 from kvloom.layers.base import dtype_of
 from kvloom.params import SamplingParams
 from kvloom.runtime.choice import BackendChooser
+from kvloom.runtime.custom_code import read_config, refuse_custom_model
 from kvloom_kernels.linear import product_kind
 from kvloom_kernels.requirement import Machine
 
@@ -37,6 +41,8 @@ class ModelSource:
         quant: the plugin's quantization method; "none" for plain weights.
         end_token_ids: ids that end a text.
         defaults: sampling parameters of requests that bring none.
+        task: what it is used for.
+        pooling: how; None where it generates.
     """
 
     directory: Path
@@ -47,6 +53,8 @@ class ModelSource:
     quant: Entry[QuantMethod]
     end_token_ids: tuple[int, ...]
     defaults: SamplingParams
+    task: str
+    pooling: PoolingPlan | None
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class BuiltModel:
     """A model with uninitialised parameters.
 
     Args:
-        backends: by layer index, for layers with paged state.
+        backends: by layer index, for attention layers.
         notes: lines for the start report.
     """
 
@@ -71,16 +79,54 @@ def open_source(config: EngineConfig, plugins: PluginSet) -> ModelSource:
         UnsupportedArchitectureError: no plugin registered any of its architectures.
     """
     m = config.model
-    directory = resolve_model_dir(m.model, m.revision, m.download_dir, m.hf_token)
-    raw = read_model_json(directory, m.hf_overrides)
-    entry = find_architecture(raw, plugins)
+    directory = resolve_model_dir(m.model, m.revision, m.download_dir, m.hf_token, m.fetch)
+    raw = read_config(_config_dir(m, directory), m)
+    try:
+        entry = find_architecture(raw, plugins)
+    except UnsupportedArchitectureError:
+        refuse_custom_model(raw, m)
+        raise
     model_config = parse_model_config(raw, config_model(entry))
+    longest = derive_max_model_len(model_config)
+    if m.disable_sliding_window and has_window(raw):
+        longest = min(longest, raw["sliding_window"])
+        model_config = parse_model_config(without_window(raw), config_model(entry))
     quant = find_quantization(m.quantization, model_config.quantization_config, plugins)
-    max_model_len = config.resolved_max_model_len(derive_max_model_len(model_config))
+    task = choose_task(m.task, entry.load().tasks_of(model_config), is_sentence_model=is_sentence_model(directory), model=entry.name)
+    pooling = open_pooling(config, directory, task, model_config, raw)
+    if pooling is not None and pooling.config.pooling_type is not None:
+        find_pooler(pooling.config.pooling_type, plugins)
+    max_model_len = config.resolved_max_model_len(min(longest, (pooling and pooling.max_tokens) or longest))
     dtype = resolve_dtype(m.dtype, model_config.dtype)
     generation = read_generation(directory, m.generation_config, m.override_generation_config)
     return ModelSource(directory, entry, model_config, max_model_len, dtype, quant, end_tokens(raw, generation),
-                       default_sampling(generation))
+                       default_sampling(generation), task, pooling)
+
+
+def open_pooling(config: EngineConfig, directory: Path, task: str, model_config: ModelConfig,
+                 raw: Mapping[str, Any]) -> PoolingPlan | None:
+    """How the engine pools, None where it generates. Raises `ModelError` for files that cannot be used."""
+    if task == GENERATE:
+        return None
+    said = config.features.override_pooler_config
+    modules = read_modules(directory, None if said is None else said.pooling_type) if task == "embed" else None
+    return plan_pooling(task, said, modules, model_config, raw)
+
+
+def find_pooler(name: str, plugins: PluginSet) -> None:
+    """Raises `ConfigError` when nobody offers the pooling type that the configuration names."""
+    try:
+        plugins.registries["poolers"].resolve(name)
+    except NotRegisteredError as error:
+        raise ConfigError(f"override_pooler_config: pooling_type={name!r}: {error}") from error
+
+
+def _config_dir(section: ModelSection, directory: Path) -> Path:
+    """Where config.json is: `directory` unless ``hf_config_path`` says otherwise."""
+    where = section.hf_config_path
+    if where is None:
+        return directory
+    return resolve_model_dir(where, section.revision, section.download_dir, section.hf_token, Fetch(usable=("config.json",)))
 
 
 def config_model(entry: Entry[Model]) -> type[ModelConfig]:
@@ -142,6 +188,7 @@ def build_model(config: EngineConfig, plugins: PluginSet, source: ModelSource, d
     chooser = BackendChooser(plugins.registries["attention_backends"], config.device.attention_backend, Machine("cpu"))
     build = BuildContext(
         dtype=source.dtype, device=device, quant=quant, plain=plain, comm=comm, max_model_len=source.max_model_len,
-        cache_dtype=source.dtype, block_tokens=config.cache.block_size, make_backend=chooser)
+        cache_dtype=source.dtype, block_tokens=config.cache.block_size, make_backend=chooser,
+        task=source.task)
     model = source.entry.load()(source.config, build)
     return BuiltModel(model, chooser.by_layer, tuple(chooser.notes))

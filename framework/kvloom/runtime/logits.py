@@ -10,7 +10,8 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from kvloom.errors import RequestError, RequestFailedError, RequestValidationError
+from kvloom.config.class_path import load_class
+from kvloom.errors import ConfigError, RequestError, RequestFailedError, RequestValidationError
 from kvloom.hooks.registry import Registry
 from kvloom.interfaces.sampling import LogitsProcessor, SequenceView, Stage
 from kvloom.near import did_you_mean
@@ -18,6 +19,7 @@ from kvloom.near import did_you_mean
 if TYPE_CHECKING:
     from kvloom.interfaces.tokenizer import Tokenizer
     from kvloom.params import SamplingParams
+    from kvloom.runtime.grammar import SequenceGrammar
 
 Asked = tuple[tuple[str, Any], ...]
 """As `NewSequence.processors`: name and parameters of each processor that a request asks for."""
@@ -32,19 +34,31 @@ class NamedProcessor(NamedTuple):
     config: type[BaseModel] | None = None
 
 
-def make_processors(registry: Registry[LogitsProcessor]) -> tuple[NamedProcessor, ...]:
-    """Every registered processor, in the order in which they run. Raises `PluginConflictError` for a name that two offer."""
+def make_processors(registry: Registry[LogitsProcessor], more: Sequence[type | str] = ()) -> tuple[NamedProcessor, ...]:
+    """Every registered processor and `more` (``logits_processors=``), in the order in which they run.
+
+    Raises:
+        PluginConflictError: a name that two plugins offer.
+        ConfigError: one of `more` cannot be loaded, is no `LogitsProcessor`, or is there twice.
+    """
     found = [registry.resolve(name) for name in registry.names()]
     made = [NamedProcessor(e.name, str(e.origin), e.load()(), e.config_model()) for e in found]
+    for i, given in enumerate(more):
+        found_class = load_class(f"logits_processors[{i}]", given, LogitsProcessor)
+        name = f"{found_class.__module__}:{found_class.__qualname__}"
+        if any(p.name == name for p in made):
+            raise ConfigError(f"logits_processors[{i}]={given!r} is there twice")
+        made.append(NamedProcessor(name, "logits_processors=", found_class()))
     return tuple(sorted(made, key=lambda p: (p.processor.stage, p.processor.order, p.name)))
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceProcessors:
-    """What one sequence asked for: index of the processor -> its state; or why those could not be made."""
+    """What one sequence asked for: index of the processor -> its state, and its grammar; or why those could not be made."""
 
     states: Mapping[int, Any]
     error: RequestError | None = None
+    grammar: SequenceGrammar | None = None
 
 
 NO_PROCESSORS = SequenceProcessors({})

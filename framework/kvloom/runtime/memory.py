@@ -130,6 +130,8 @@ class MemoryPlan:
 
     def _fitting_values(self) -> tuple[tuple[str, int], ...]:
         needs = self.needs
+        if not needs.block_bytes:  # no cache whose size could be changed
+            return ()
         if needs.num_blocks is not None:
             fitting = self.room_bytes // needs.block_bytes
             return (("num_gpu_blocks_override", fitting),) if fitting > NULL_BLOCKS else ()
@@ -181,16 +183,21 @@ def _with_blocks(plan: MemoryPlan) -> MemoryPlan:
     return replace(plan, num_blocks=plan.budget_bytes // plan.needs.block_bytes)
 
 
-def memory_needs(config: EngineConfig, source: ModelSource, built: BuiltModel) -> MemoryNeeds:
-    """Needs of a model that was built, on the meta device or a real one."""
+def memory_needs(config: EngineConfig, source: ModelSource, built: BuiltModel, offloaded_bytes: int = 0) -> MemoryNeeds:
+    """Needs of a model that was built, on the meta device or a real one.
+
+    Args:
+        offloaded_bytes: of the weights, which are not kept on the device.
+    """
     cache = config.cache
     limits = config.limits(source.max_model_len, chunkable=built.model.chunkable)
     groups = group_layers(built.model.state_specs(), cache.block_size)
     shapes = {layer: built.backends[layer].state_shapes() for group in groups for layer in group.layers}
     page = sum(page_bytes(s) for s in shapes.values())
     return MemoryNeeds(
-        weights_bytes=sum(t.size_bytes for t in wanted_tensors(built.model).values()),
-        activations_bytes=activation_bytes(source.config, source.dtype, limits.max_num_batched_tokens, limits.max_num_seqs),
+        weights_bytes=sum(t.size_bytes for t in wanted_tensors(built.model).values()) - offloaded_bytes,
+        activations_bytes=activation_bytes(source.config, source.dtype, limits.max_num_batched_tokens, limits.max_num_seqs,
+                                           generates="generate" in built.model.tasks),
         groups=groups,
         block_bytes=block_bytes(groups, shapes),
         kv_bytes_per_token=-(-page // cache.block_size),
@@ -202,7 +209,8 @@ def memory_needs(config: EngineConfig, source: ModelSource, built: BuiltModel) -
     )
 
 
-def activation_bytes(config: ModelConfig, dtype: torch.dtype, max_num_batched_tokens: int, max_num_seqs: int) -> int:
+def activation_bytes(config: ModelConfig, dtype: torch.dtype, max_num_batched_tokens: int, max_num_seqs: int, *,
+                     generates: bool = True) -> int:
     """Estimate of the largest sum of a step's tensors that live at one time.
 
     With T tokens, R = min(max_num_seqs, T) sampled rows (or as many prompt rows whose log-probabilities are wanted, see
@@ -210,14 +218,15 @@ def activation_bytes(config: ModelConfig, dtype: torch.dtype, max_num_batched_to
 
         T e 3 H                           residual, normed input, output
         T e max((2 Hq + 2 Hk) D, 3 I)     q, k, v and attention's output, or gate, up and their product
-        R V (e + 8)                       logits, their float32 copy, and one more of it in the sampler
+        R V (e + 8)                       logits, their float32 copy, and one more of it in the sampler: where text is generated
 
     What an attention backend takes inside is not counted.
     """
     tokens, rows = max_num_batched_tokens, min(max(max_num_seqs, CHUNK_ROWS), max_num_batched_tokens)
     attention = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
     per_token = 3 * config.hidden_size + max(attention, 3 * config.intermediate_size)
-    return tokens * per_token * dtype.itemsize + rows * config.vocab_size * (dtype.itemsize + 8)
+    logits_bytes = rows * config.vocab_size * (dtype.itemsize + 8) if generates else 0
+    return tokens * per_token * dtype.itemsize + logits_bytes
 
 
 __all__ = ["MemoryNeeds", "MemoryPlan", "activation_bytes", "group_layers", "memory_needs", "plan_memory"]

@@ -11,15 +11,10 @@ if TYPE_CHECKING:
 def plan_table(plan: MemoryPlan) -> str:
     """One line an amount, then the verdict."""
     needs, memory = plan.needs, plan.memory
-    sequence_blocks = needs.sequence_blocks(needs.max_model_len)
     rows = [
         ("weights", size_text(needs.weights_bytes), ""),
         ("activations", size_text(needs.activations_bytes), "estimated peak of a step"),
-        ("KV cache of one token", size_text(needs.kv_bytes_per_token), _groups_text(plan)),
-        ("KV cache wanted", size_text(needs.cache_bytes(needs.max_model_len)),
-         f"{sequence_blocks} blocks of {size_text(needs.block_bytes)}: one sequence of max_model_len={needs.max_model_len}"),
-        ("KV cache budget", size_text(plan.budget_bytes), plan.budget_reason),
-        ("KV cache planned", size_text(plan.cache_bytes), f"{plan.num_blocks} blocks, {plan.capacity_tokens} tokens"),
+        *(_cache_rows(plan) if needs.groups else [("KV cache", size_text(0), plan.budget_reason)]),
         ("free on the device", size_text(memory.free_bytes), f"of {size_text(memory.total_bytes)}"),
         ("held by others", size_text(memory.held_by_others_bytes), f"this process holds {size_text(memory.own_bytes)}"),
     ]
@@ -28,13 +23,25 @@ def plan_table(plan: MemoryPlan) -> str:
     return "\n".join(["memory plan", *lines, _verdict(plan)])
 
 
+def _cache_rows(plan: MemoryPlan) -> list[tuple[str, str, str]]:
+    needs = plan.needs
+    sequence_blocks = needs.sequence_blocks(needs.max_model_len)
+    return [
+        ("KV cache of one token", size_text(needs.kv_bytes_per_token), _groups_text(plan)),
+        ("KV cache wanted", size_text(needs.cache_bytes(needs.max_model_len)),
+         f"{sequence_blocks} blocks of {size_text(needs.block_bytes)}: one sequence of max_model_len={needs.max_model_len}"),
+        ("KV cache budget", size_text(plan.budget_bytes), plan.budget_reason),
+        ("KV cache planned", size_text(plan.cache_bytes), f"{plan.num_blocks} blocks, {plan.capacity_tokens} tokens"),
+    ]
+
+
 def _groups_text(plan: MemoryPlan) -> str:
     def name(kind: str, window_tokens: int | None) -> str:
         return kind if window_tokens is None else f"window {window_tokens}"
 
     parts = [f"{len(g.layers)} {name(g.kind.value, g.window_tokens)}" for g in plan.needs.groups]
     shown = " + ".join(parts[:6]) + (f" + {len(parts) - 6} more groups" if len(parts) > 6 else "")
-    return f"layers: {shown or 'none with state'}"
+    return f"layers: {shown}"
 
 
 def _verdict(plan: MemoryPlan) -> str:

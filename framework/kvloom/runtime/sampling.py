@@ -12,6 +12,7 @@ from kvloom.errors import RequestError
 from kvloom.interfaces.sampling import SampledTokens, Sampler, SamplingRows
 from kvloom.interfaces.step import RowError, RowResult, TokenRange
 from kvloom.runtime.batch import Array, BatchState
+from kvloom.runtime.grammar import StepMasks
 from kvloom.runtime.logits import LogitsPipeline, SequenceProcessors
 from kvloom.runtime.logprobs import Candidates, candidates, prompt_candidates
 
@@ -26,28 +27,35 @@ class RowSampler:
         self._sampler, self._pipeline, self._state = sampler, pipeline, state
 
     def sample(self, ranges: Sequence[TokenRange], rows: Array, positions: Array, hidden: Tensor,
-               logits_of: LogitsOf) -> list[RowResult]:
+               logits_of: LogitsOf, masks: StepMasks | None = None) -> list[RowResult]:
         """One result a range.
 
         Args:
             ranges: those whose last position is sampled.
             rows, positions: ``[S]`` row in the batch state, and position that the sampled token will have.
             hidden: ``[S, H]`` of the last positions.
+            masks: of the rows that have a grammar.
         """
         processors = [self._state.processors[row] for row in rows]
         raw = logits_of(hidden)
+        if masks is not None:
+            masks.apply(raw)
         wanted = self._state.num_candidates[rows]
         asking = np.flatnonzero(wanted >= 0)
         # The raw logits must outlive the processors, which work in place.
         logits = raw.clone() if raw.dtype is torch.float32 and len(asking) else raw.float()
-        done = self._sampler.sample(self._pipeline.apply(logits, processors), self._sampling_rows(ranges, rows, positions))
-        logprobs = self._logprobs(raw, done.token_ids, wanted, asking)
-        failed = {s: self._failure(s, done, hidden, processors, logits_of) for s in done.failed}
+        logits = self._pipeline.apply(logits, processors)
+        if masks is not None:
+            masks.force(logits)
+        done = self._sampler.sample(logits, self._sampling_rows(ranges, rows, positions))
+        logprobs = self._logprobs(raw, done.token_ids, rows, wanted, asking)
+        failed = {s: self._failure(s, done, hidden, processors, logits_of, masks) for s in done.failed}
+        failed |= {} if masks is None else {s: _row_error(error) for s, error in masks.failed.items()}
         failed |= {s: _row_error(p.error) for s, p in enumerate(processors) if p.error is not None}
         token_ids = done.token_ids.cpu().numpy()
         self._state.write_sampled(rows, positions, token_ids)
         for s, (sequence, token_id) in enumerate(zip(processors, token_ids.tolist(), strict=True)):
-            if sequence.states and s not in failed:
+            if (sequence.states or sequence.grammar) and s not in failed:
                 failed |= self._advance(s, sequence, token_id)
         return [RowResult(r.sequence_id, error=failed[s]) if s in failed else RowResult(r.sequence_id, (token_id,), logprobs.get(s))
                 for s, (r, token_id) in enumerate(zip(ranges, token_ids.tolist(), strict=True))]
@@ -64,26 +72,32 @@ class RowSampler:
             positions=positions,
         )
 
-    def _logprobs(self, raw: Tensor, token_ids: Tensor, wanted: Array, asking: Array) -> dict[int, tuple[Candidates, ...]]:
+    def _logprobs(self, raw: Tensor, token_ids: Tensor, rows: Array, wanted: Array,
+                  asking: Array) -> dict[int, tuple[Candidates, ...]]:
         """Of the rows that ask, by index."""
         if not len(asking):
             return {}
         if len(asking) < len(wanted):
             index = torch.from_numpy(asking).to(raw.device)
             raw, token_ids = raw[index], token_ids[index]
-        found = candidates(raw, token_ids, wanted[asking].tolist())
+        found = candidates(_scaled(raw, self._state.score_temperatures[rows[asking]]), token_ids, wanted[asking].tolist())
         return {int(s): (row,) for s, row in zip(asking, found, strict=True)}
 
     def _failure(self, s: int, done: SampledTokens, hidden: Tensor, processors: Sequence[SequenceProcessors],
-                 logits_of: LogitsOf) -> RowError:
+                 logits_of: LogitsOf, masks: StepMasks | None) -> RowError:
         """Why a row could not be sampled: its logits are computed again, and its processors run one by one."""
         if processors[s].error is not None or not processors[s].states:
             return RowError("RequestFailedError", done.failed[s])
-        return RowError("RequestFailedError", self._pipeline.blame(logits_of(hidden[s:s + 1]).float().clone(), processors[s]))
+        logits = logits_of(hidden)
+        if masks is not None:
+            masks.apply(logits)
+        return RowError("RequestFailedError", self._pipeline.blame(logits[s:s + 1].float().clone(), processors[s]))
 
     def _advance(self, s: int, sequence: SequenceProcessors, token_id: int) -> dict[int, RowError]:
         try:
             self._pipeline.advance(sequence, (token_id,))
+            if sequence.grammar is not None:
+                sequence.grammar.advance((token_id,))
         except RequestError as error:
             return {s: _row_error(error)}
         return {}
@@ -96,6 +110,14 @@ class RowSampler:
             return None
         following = torch.from_numpy(self._state.token_ids[row, r.start + 1:end + 1]).to(hidden.device)
         return tuple(prompt_candidates(hidden[:end - r.start], following, wanted, logits_of))
+
+
+def _scaled(logits: Tensor, temperatures: Array) -> Tensor:
+    """``[r, V]`` divided by each row's temperature, 0 leaves it alone."""
+    if not temperatures.any():
+        return logits
+    divisors = np.where(temperatures > 0, temperatures, np.float32(1))
+    return logits.float() / torch.from_numpy(divisors).to(logits.device)[:, None]
 
 
 def _row_error(error: RequestError) -> RowError:

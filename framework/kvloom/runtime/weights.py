@@ -48,20 +48,20 @@ def load_weights(model: Model, loader: WeightLoader, directory: Path) -> LoadRep
     """
     slots = wanted_slots(model)
     catalog = loader.catalog(directory, wanted_infos(slots))
-    names = check_catalog(model, slots, catalog, directory)
-    left = set(names)
+    wanted = check_catalog(model, slots, catalog, directory)
+    left = set(wanted)
     with torch.no_grad():
-        for name, tensor in loader.read(names):
-            slot = slots[name]
-            if name not in left or tuple(tensor.shape) != slot.spec.shape:
-                raise InternalError(f"the loader gave {name} {tuple(tensor.shape)}, wanted once as {slot.spec.shape}")
+        for name, tensor in loader.read(list(wanted)):
+            slot = wanted.get(name)
+            if slot is None or name not in left or tuple(tensor.shape) != slot.spec.shape:
+                raise InternalError(f"the loader gave {name} {tuple(tensor.shape)}, wanted once as {slot and slot.spec.shape}")
             left.remove(name)
             slot.target.layer.load_param(slot.suffix, slot.target.shard, tensor)
         if left:
             raise InternalError(f"the loader did not give {sorted(left)[:LISTED]}")
         for layer in {id(t.layer): t.layer for t in model.module_map().values()}.values():
             layer.post_load()
-    return LoadReport(len(names), sum(catalog[n].size_bytes for n in names), tuple(sorted(catalog.keys() - slots.keys())))
+    return LoadReport(len(wanted), sum(catalog[n].size_bytes for n in wanted), tuple(sorted(catalog.keys() - wanted.keys())))
 
 
 def wanted_tensors(model: Model) -> dict[str, TensorInfo]:
@@ -87,23 +87,25 @@ def wanted_infos(slots: Mapping[str, Slot]) -> dict[str, TensorInfo]:
             for name, s in slots.items()}
 
 
-def check_catalog(model: Model, slots: Mapping[str, Slot], catalog: Mapping[str, TensorInfo], directory: Path) -> list[str]:
+def check_catalog(model: Model, slots: Mapping[str, Slot], catalog: Mapping[str, TensorInfo], directory: Path) -> dict[str, Slot]:
     """Compare what is wanted with what is there, from headers alone.
 
     Returns:
-        Names to read: every wanted one that is there.
+        What to read: the name in the file of every wanted tensor that is there, and where it goes.
 
     Raises:
         CheckpointError: with every kind of problem at once.
     """
-    missing = [n for n, s in slots.items() if n not in catalog and not s.spec.optional]
-    unused = [n for n in catalog if n not in slots and not _may_be_unused(model, n)]
-    present = [n for n in slots if n in catalog]
-    shaped = [f"{n}: {list(catalog[n].shape)}, the model needs {list(slots[n].spec.shape)}" for n in present
-              if catalog[n].shape != slots[n].spec.shape]
-    typed = [f"{n}: {catalog[n].dtype}, the model needs {slots[n].spec.dtype}" for n in present
-             if not _castable(catalog[n].dtype, slots[n].spec.dtype)]
+    ours, twice = _our_names(model, catalog)
+    missing = [n for n, s in slots.items() if n not in ours and not s.spec.optional]
+    unused = [file_name for n, file_name in ours.items() if n not in slots and not _may_be_unused(model, n)]
+    present = {ours[n]: slot for n, slot in slots.items() if n in ours}
+    shaped = [f"{n}: {list(catalog[n].shape)}, the model needs {list(s.spec.shape)}" for n, s in present.items()
+              if catalog[n].shape != s.spec.shape]
+    typed = [f"{n}: {catalog[n].dtype}, the model needs {s.spec.dtype}" for n, s in present.items()
+             if not _castable(catalog[n].dtype, s.spec.dtype)]
     problems = [
+        _listed("tensors are there twice, under two names", twice),
         _listed("tensors are missing", [_with_near_name(n, unused) if i < LISTED else n for i, n in enumerate(missing)]),
         _listed("tensors are used by nothing in the model", unused),
         _listed("tensors have the wrong shape", shaped),
@@ -114,6 +116,17 @@ def check_catalog(model: Model, slots: Mapping[str, Slot], catalog: Mapping[str,
                               + "\n".join(filter(None, problems))
                               + "\nIs config.json the one that belongs to these weights?")
     return present
+
+
+def _our_names(model: Model, catalog: Mapping[str, TensorInfo]) -> tuple[dict[str, str], list[str]]:
+    """Name in the model -> name in the file (`Model.tensor_name`), and those whose name in the model was taken already."""
+    ours: dict[str, str] = {}
+    twice: list[str] = []
+    for file_name in catalog:
+        name = model.tensor_name(file_name)
+        if ours.setdefault(name, file_name) != file_name:
+            twice.append(f"{file_name} and {ours[name]}")
+    return ours, twice
 
 
 def _may_be_unused(model: Model, name: str) -> bool:

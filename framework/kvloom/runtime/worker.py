@@ -3,40 +3,106 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from kvloom.config import EngineConfig
-from kvloom.errors import InternalError, NotRegisteredError, RequestError
+from kvloom.config.pooling import PoolingPlan
+from kvloom.errors import ConfigError, EngineStateError, InternalError, NotRegisteredError, RequestError
 from kvloom.hooks.loader import PluginSet
-from kvloom.interfaces import Model, NewSequence, SequenceView, Step, StepResult, WeightLoader, WorkerReport
+from kvloom.interfaces import (
+    Grammar,
+    GrammarVocabulary,
+    HostTierReport,
+    Model,
+    NewSequence,
+    SequenceView,
+    Step,
+    StepResult,
+    WeightLoader,
+    WorkerReport,
+)
+from kvloom.interfaces.attention import LayerCache
 from kvloom.runtime.batch import BatchState
 from kvloom.runtime.builder import BuiltModel, ModelSource, build_model
 from kvloom.runtime.comm import LocalComm
-from kvloom.runtime.host_memory import host_memory
-from kvloom.runtime.kv_tensors import allocate
+from kvloom.runtime.dense import DenseLayers
+from kvloom.runtime.grammar import GrammarFactory
+from kvloom.runtime.host_blocks import HostBlocks
+from kvloom.runtime.host_memory import host_memory, release_freed
+from kvloom.runtime.kv_tensors import LayerShapes, allocate, copy_blocks
 from kvloom.runtime.logits import NO_PROCESSORS, LogitsPipeline, SequenceProcessors, make_processors
 from kvloom.runtime.memory import MemoryPlan, memory_needs, plan_memory
+from kvloom.runtime.offload import HostWeights, layers_to_offload, offload, weights_bytes, weights_of
+from kvloom.runtime.pooling import PoolerSet, PoolingState, RowPooler
+from kvloom.runtime.profiling import WorkerProfiler
 from kvloom.runtime.runner import Runner
 from kvloom.runtime.weights import check_catalog, load_weights, wanted_infos, wanted_slots
+from kvloom.text.grammar_gate import find_grammar
+from kvloom.text.vocabulary import open_vocabulary
 from kvloom_kernels import native
 from kvloom_kernels.linear import product_kind
 
 DEFAULT_SAMPLER = "default"
 
 
+PICKLES = ("pt", "npcache", "mistral")
+"""Values of vLLM's ``load_format`` whose files run code when they are read, or are not in Hugging Face format."""
+
+
 def make_loader(config: EngineConfig, plugins: PluginSet) -> WeightLoader:
-    """The weight loader that ``load_format`` names. Raises `NotRegisteredError`."""
+    """The weight loader that ``load_format`` names, with the settings of ``model_loader_extra_config``.
+
+    Raises:
+        NotRegisteredError: nobody registered it.
+        ConfigError: settings that it does not take.
+    """
+    name, given = config.model.load_format, config.model.model_loader_extra_config
     try:
-        loader: WeightLoader = plugins.registries["loaders"].resolve(config.model.load_format).load()()
+        entry = plugins.registries["loaders"].resolve(name)
     except NotRegisteredError as error:
-        raise NotRegisteredError(f"load_format={config.model.load_format!r}: {error}") from error
+        hint = " (its files are never read: convert the checkpoint to safetensors, and leave load_format at 'auto')"
+        raise NotRegisteredError(f"load_format={name!r}{hint if name in PICKLES else ''}: {error}") from error
+    model = entry.config_model()
+    if model is None:
+        if given:
+            raise ConfigError(f"model_loader_extra_config={given!r}: the loader {name!r} ({entry.origin}) takes none; leave it out")
+        plain: WeightLoader = entry.load()()
+        return plain
+    try:
+        settings = model.model_validate(given or {})
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"model_loader_extra_config={given!r}: {problems} (settings of {name!r}: "
+                          f"{', '.join(model.model_fields)})") from error
+    loader: WeightLoader = entry.load()(settings)
     return loader
 
 
-def plan_model(config: EngineConfig, plugins: PluginSet, source: ModelSource) -> tuple[MemoryPlan, BuiltModel]:
+@dataclass(frozen=True, slots=True)
+class HostLink:
+    """How a device with memory of its own is reached from the host.
+
+    Args:
+        bytes_per_s: one way.
+        tokens_per_s: that the device computes in a prompt.
+    """
+
+    bytes_per_s: float
+    tokens_per_s: float
+
+
+def plan_model(config: EngineConfig, plugins: PluginSet, source: ModelSource, *,
+               is_host: bool = True) -> tuple[MemoryPlan, BuiltModel]:
     """The memory plan, from config.json and file headers alone; the model exists on the meta device only.
+
+    Args:
+        is_host: whether the device is the host itself, so that no weights can be kept elsewhere.
 
     Raises:
         CheckpointError: the files do not hold what the model needs.
@@ -45,24 +111,41 @@ def plan_model(config: EngineConfig, plugins: PluginSet, source: ModelSource) ->
     slots = wanted_slots(built.model)
     catalog = make_loader(config, plugins).catalog(source.directory, wanted_infos(slots))
     check_catalog(built.model, slots, catalog, source.directory)
-    return plan_memory(memory_needs(config, source, built), host_memory()), built
+    offloaded = [] if is_host else layers_to_offload(built.model, config.cache.cpu_offload_bytes)
+    return plan_memory(memory_needs(config, source, built, weights_bytes(offloaded)), host_memory()), built
 
 
 class DeviceWorker:
-    """See `kvloom.interfaces.Worker`. One rank, in this process, on the CPU."""
+    """See `kvloom.interfaces.Worker`. One rank, in this process, on the CPU.
 
-    def __init__(self, rank: int, config: EngineConfig, plugins: PluginSet, source: ModelSource) -> None:
+    Attributes:
+        host_link: None where the device is the host itself: then blocks that gave way are recomputed, all weights stay where they are,
+            and level 1 of sleep has none to move. To be set before `load`.
+
+    Args:
+        make_vocabulary: for grammars, called with the first one; None opens the tokenizer again.
+    """
+
+    def __init__(self, rank: int, config: EngineConfig, plugins: PluginSet, source: ModelSource,
+                 make_vocabulary: Callable[[], GrammarVocabulary] | None = None) -> None:
         self.rank = rank
+        self._make_vocabulary = make_vocabulary or self._open_vocabulary
         self._config, self._plugins, self._source = config, plugins, source
         self._device = torch.device("cpu")
         self._comm = LocalComm()
         self._plan: MemoryPlan | None = None
         self._built: BuiltModel | None = None
+        self.host_link: HostLink | None = None
+        self._num_blocks = 0
+        self._shapes: LayerShapes = {}
+        self._caches: Mapping[int, LayerCache] | None = None
         self._runner: Runner | None = None
+        self._aside: HostWeights | None = None
+        self._profiler = WorkerProfiler(rank)
 
     @property
     def model(self) -> Model:
-        """The torch module."""
+        """The torch module. Raises `EngineStateError` while its weights are dropped."""
         return self._model().model
 
     @property
@@ -82,58 +165,168 @@ class DeviceWorker:
         began = time.perf_counter()
         kernels = _kernels_note()
         started = time.perf_counter()
-        self._plan, _ = plan_model(self._config, self._plugins, self._source)
+        self._plan, _ = plan_model(self._config, self._plugins, self._source, is_host=self.host_link is None)
         self._plan.check()
         planned = time.perf_counter()
+        notes = (kernels, *self._load_model())
+        done = time.perf_counter()
+        return WorkerReport(self.rank, self._plan.needs.groups, self._plan.num_blocks, self._plugins.manifest.hash,
+                            (("kernels", started - began), ("memory plan", planned - started), ("weights", done - planned)), notes,
+                            self._host_tier())
+
+    def _load_model(self) -> tuple[str, ...]:
+        """Build the model and read its weights; lines for the start report."""
         built = build_model(self._config, self._plugins, self._source, self._device, self._comm)
         loaded = load_weights(built.model, make_loader(self._config, self._plugins), self._source.directory)
+        notes = [*built.notes, f"weights: {loaded.num_tensors} tensors, {loaded.size_bytes} bytes"]
+        if loaded.ignored:
+            notes.append(f"ignored tensors: {', '.join(loaded.ignored)}")
+        if self.host_link is not None and self._config.cache.cpu_offload_bytes:
+            kept_bytes = offload(layers_to_offload(built.model, self._config.cache.cpu_offload_bytes), self._device)
+            notes.append(f"weights kept on the host: {kept_bytes} bytes")
         self._built = built
-        done = time.perf_counter()
-        notes = (kernels, *built.notes, f"weights: {loaded.num_tensors} tensors, {loaded.size_bytes} bytes",
-                 *([f"ignored tensors: {', '.join(loaded.ignored)}"] if loaded.ignored else []))
-        return WorkerReport(self.rank, self._plan.needs.groups, self._plan.num_blocks, self._plugins.manifest.hash,
-                            (("kernels", started - began), ("memory plan", planned - started), ("weights", done - planned)), notes)
+        return tuple(notes)
+
+    def _host_tier(self) -> HostTierReport | None:
+        block_bytes = self.plan.needs.block_bytes
+        if self.host_link is None or not block_bytes:
+            return None
+        return HostTierReport(self._config.cache.swap_space_bytes // block_bytes, block_bytes, self.host_link.bytes_per_s,
+                              self.host_link.tokens_per_s)
 
     def allocate(self, num_blocks: int) -> None:
         """See `Worker.allocate`."""
         built, groups = self._model(), self.plan.needs.groups
+        self._num_blocks = num_blocks
+        self._shapes = {layer: built.backends[layer].state_shapes() for group in groups for layer in group.layers}
+        self._caches = allocate(groups, self._shapes, num_blocks, self._device)
+        self._make_runner(built, self._caches)
+
+    def _make_runner(self, built: BuiltModel, caches: Mapping[int, LayerCache]) -> None:
+        """All that is remembered of sequences, which is nothing."""
+        groups = self.plan.needs.groups
         limits = self._config.limits(self._source.max_model_len, chunkable=built.model.chunkable)
-        shapes = {layer: built.backends[layer].state_shapes() for group in groups for layer in group.layers}
-        caches = allocate(groups, shapes, num_blocks, self._device)
         sampler = self._plugins.registries["samplers"].resolve(DEFAULT_SAMPLER).load()()
-        pipeline = LogitsPipeline(make_processors(self._plugins.registries["logits_processors"]))
-        vocab_size = self._source.config.vocab_size
-        state = BatchState(limits.max_num_seqs, limits.max_model_len, groups, lambda new: _start(pipeline, new, vocab_size))
+        pipeline = LogitsPipeline(make_processors(self._plugins.registries["logits_processors"],
+                                                  self._config.features.logits_processors or ()))
+        grammars, vocab_size = self._grammars(), self._source.config.vocab_size
+        pooler = self._make_pooler(built.model)
+        state = BatchState(limits.max_num_seqs, limits.max_model_len, groups, lambda new: _start(pipeline, grammars, new, vocab_size),
+                           tuple(built.model.extra_inputs), lambda copies: copy_blocks(groups, caches, copies),
+                           lambda new: _start_pooling(pooler, new))
         num_layers = len(built.model.state_specs())
+        tier = self._host_tier()
+        host_blocks = HostBlocks(groups, caches, tier.num_blocks) if tier is not None and tier.num_blocks else None
         self._runner = Runner(built.model, sampler, pipeline, self._comm, groups, num_layers, built.backends, caches,
-                              state, self._device)
+                              state, self._device, host_blocks, pooler)
+
+    def _make_pooler(self, model: Model) -> RowPooler | None:
+        plan, source = self._source.pooling, self._source
+        if plan is None:
+            return None
+        dense = DenseLayers(plan.dense, lambda: make_loader(self._config, self._plugins))
+        return RowPooler(make_poolers(self._plugins, plan, model_pooling(self)), model, dense, source.dtype, source.config.hidden_size)
 
     def execute(self, step: Step) -> StepResult:
         """See `Worker.execute`."""
         if self._runner is None:
-            raise InternalError("execute was called before allocate")
-        return self._runner.execute(step)
+            raise InternalError("execute was called before allocate, or while the worker sleeps")
+        with self._profiler.step(step.step_id):
+            return self._runner.execute(step)
+
+    def sleep(self, level: int) -> None:
+        """See `Worker.sleep`."""
+        self._drop_runner()
+        self._caches = None
+        if level == 2:
+            self._built = self._aside = None
+        elif self.host_link is not None and self._aside is None:
+            self._aside = HostWeights(weights_of(self._model().model), self._device)
+        release_freed()
+
+    def wake_up(self, tags: Sequence[str]) -> None:
+        """See `Worker.wake_up`.
+
+        Raises:
+            MemoryPlanError: the memory was given to somebody else meanwhile.
+        """
+        if "weights" in tags and self._built is None:
+            replace(self.plan, memory=host_memory()).check()
+            self._load_model()
+        if "weights" in tags and self._aside is not None:
+            self._aside.fetch()
+            self._aside = None
+        if "kv_cache" in tags and self._caches is None:
+            self._caches = allocate(self.plan.needs.groups, self._shapes, self._num_blocks, self._device)
+        if self._runner is None and self._built is not None and self._caches is not None:
+            self._make_runner(self._built, self._caches)
+
+    def start_profile(self, directory: str, prefix: str) -> None:
+        """See `Worker.start_profile`."""
+        self._profiler.start(Path(directory), prefix)
+
+    def stop_profile(self) -> str:
+        """See `Worker.stop_profile`."""
+        return str(self._profiler.stop())
 
     def close(self) -> None:
         """See `Worker.close`."""
-        self._runner = self._built = None
+        self._profiler.close()
+        self._drop_runner()
+        self._caches = self._built = self._aside = None
+
+    def _drop_runner(self) -> None:
+        if self._runner is not None:
+            self._runner.close()
+        self._runner = None
+
+    def _grammars(self) -> GrammarFactory:
+        entry = find_grammar(self._config.features.guided_decoding_backend, self._plugins)
+
+        def make(vocabulary: GrammarVocabulary) -> Grammar:
+            return entry.load()(vocabulary)
+
+        return GrammarFactory(f"{entry.name!r} ({entry.origin})", make, self._make_vocabulary)
+
+    def _open_vocabulary(self) -> GrammarVocabulary:
+        source = self._source
+        return open_vocabulary(self._config, self._plugins, source.directory, source.config.vocab_size, source.end_token_ids)
 
     def _model(self) -> BuiltModel:
         if self._built is None:
-            raise InternalError("the worker has not loaded its model yet")
+            raise EngineStateError("the weights are not loaded: the engine sleeps; call wake_up()")
         return self._built
 
 
-def _start(pipeline: LogitsPipeline, new: NewSequence, vocab_size: int) -> SequenceProcessors:
+def _start(pipeline: LogitsPipeline, grammars: GrammarFactory, new: NewSequence, vocab_size: int) -> SequenceProcessors:
     """States of a sequence that comes. What a plugin raises is kept for its first row: the step goes on."""
-    if new.sampling is None or not new.processors:
+    if new.sampling is None or not (new.processors or new.grammar):
         return NO_PROCESSORS
     prompt = new.token_ids[:new.prompt_tokens]
     view = SequenceView(new.sequence_id, new.sample_index, prompt, new.sampling, vocab_size, new.end_token_ids)
     try:
-        return pipeline.start(view, new.processors, new.token_ids[new.prompt_tokens:])
+        grammar = grammars.start(new)
+        return replace(pipeline.start(view, new.processors, new.token_ids[new.prompt_tokens:]), grammar=grammar)
     except RequestError as error:
         return SequenceProcessors({}, error)
+
+
+def _start_pooling(pooler: RowPooler | None, new: NewSequence) -> PoolingState | None:
+    return None if pooler is None or new.pooling is None else pooler.start(new, new.pooling)
+
+
+def make_poolers(plugins: PluginSet, plan: PoolingPlan, of_model: tuple[str, dict[str, Any]]) -> PoolerSet:
+    """What pools: `of_model` is what `model_pooling` gives.
+
+    Raises:
+        NotRegisteredError: nobody offers the pooling type.
+    """
+    return PoolerSet(plugins.registries["poolers"], plan, *of_model)
+
+
+def model_pooling(worker: Any) -> tuple[str, dict[str, Any]]:
+    """For ``Executor.call``: how a worker's model wants to be pooled, and what is not its task's default."""
+    return worker.model.pooling, dict(worker.model.pooling_options)
 
 
 def _kernels_note() -> str:

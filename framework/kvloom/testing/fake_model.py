@@ -7,7 +7,7 @@ token than a plain loop does (`FakeModel.generate`), or a `KVMismatchError` that
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from kvloom.errors import KvloomError, UnsupportedFeatureError
 from kvloom.interfaces.executor import Executor
 from kvloom.interfaces.state import KVGroup
-from kvloom.interfaces.step import NewSequence, RowError, RowResult, Step, StepResult, TokenRange
-from kvloom.interfaces.worker import WorkerFactory, WorkerReport
+from kvloom.interfaces.step import NewSequence, Pooled, RowError, RowResult, Step, StepResult, TokenLogprob, TokenRange
+from kvloom.interfaces.worker import HostTierReport, WorkerFactory, WorkerReport
 
 
 class KVMismatchError(KvloomError):
@@ -48,6 +48,17 @@ class FakeModel:
             return self.eos_token_id
         return (number >> 8) % self.vocab_size
 
+    def candidates(self, state: bytes, count: int) -> tuple[TokenLogprob, ...]:
+        """The best tokens that may follow, best first: `next_token`, and others as far behind it as the state says."""
+        found = [self.next_token(state)]
+        while len(found) < min(count, self.vocab_size):
+            state = self.absorb(state, len(found))
+            following = self.next_token(state)
+            if following not in found:
+                found.append(following)
+        scale = 1 + state[0] / 64
+        return tuple(TokenLogprob(token_id, -(i + 1) / scale, i + 1) for i, token_id in enumerate(found))
+
     def generate(self, prompt: Sequence[int], max_tokens: int, stop_token_ids: frozenset[int] = frozenset(), *,
                  ignore_eos: bool = False) -> list[int]:
         """The plain loop: output tokens, the end-of-text or stop token included."""
@@ -62,6 +73,14 @@ class FakeModel:
                 break
             state = self.absorb(state, output[-1])
         return output
+
+
+    def pooled(self, prompt: Iterable[int]) -> Pooled:
+        """What a pooling request gets: the state after its last token."""
+        state = b""
+        for token_id in prompt:
+            state = self.absorb(state, token_id)
+        return Pooled((len(state),), state)
 
 
 class Slot(NamedTuple):
@@ -80,6 +99,13 @@ class _Row:
         self.states: list[bytes] = []
         self.tables = [list(blocks) for blocks in new.block_ids]
         self.computed_tokens = new.computed_tokens
+        self.candidates = -1 if new.sampling is None else new.sampling.num_candidates
+        self.is_pooled = new.pooling is not None
+
+    def take_given(self, token_ids: Sequence[int], end: int) -> None:
+        """A decoder chose the tokens before `end`."""
+        self.tokens[end - len(token_ids):] = token_ids
+        del self.states[end - len(token_ids):]
 
 
 class FakeWorker:
@@ -87,16 +113,20 @@ class FakeWorker:
 
     Args:
         model: gives the tokens.
-        groups: KV groups that the model pretends to have.
+        groups: KV groups that the model pretends to have; none: it keeps nothing.
         num_blocks: blocks of the simulated cache, the null block included.
         max_num_seqs: sequences that it can remember at once; None sets no bound.
+        host_blocks: of the simulated host tier.
     """
 
-    def __init__(self, model: FakeModel, groups: Sequence[KVGroup], num_blocks: int, max_num_seqs: int | None = None) -> None:
+    def __init__(self, model: FakeModel, groups: Sequence[KVGroup], num_blocks: int, max_num_seqs: int | None = None,
+                 host_blocks: int = 0) -> None:
         self._model = model
         self._groups = tuple(groups)
         self._max_num_seqs = max_num_seqs
-        self._blocks: list[list[Slot | None]] = [[None] * groups[0].block_tokens for _ in range(num_blocks)]
+        self._block_tokens = groups[0].block_tokens if groups else 1
+        self._blocks: list[list[Slot | None]] = [[None] * self._block_tokens for _ in range(num_blocks)]
+        self._host: dict[int, list[Slot | None]] = {block: [] for block in range(1, host_blocks + 1)}
         self._rows: dict[int, _Row] = {}
         self._last_step_id = -1
         self._appended: set[int] = set()
@@ -112,11 +142,25 @@ class FakeWorker:
             self._appended.clear()
             for sequence_id in (*step.finished, *step.preempted):
                 self._rows.pop(sequence_id, None)
+            self._move(step)
             for new in (*step.new, *step.resumed):
                 self._rows[new.sequence_id] = _Row(new)
+            for copy in step.copies:
+                self._blocks[copy.target] = list(self._blocks[copy.source])
+                self._rows[copy.sequence_id].tables[copy.group][-1] = copy.target
         if self._max_num_seqs is not None and len(self._rows) > self._max_num_seqs:
             raise KVMismatchError(f"step {step.step_id} brings {len(self._rows)} sequences, there is room for {self._max_num_seqs}")
         return StepResult(step.step_id, tuple(self._compute(r, fails(r)) for r in step.ranges))
+
+    def _move(self, step: Step) -> None:
+        for move in step.swap_out:
+            if move.host_block not in self._host or not 0 < move.device_block < len(self._blocks):
+                raise KVMismatchError(f"step {step.step_id}: there are no such blocks: {move}")
+            self._host[move.host_block] = list(self._blocks[move.device_block])
+        for move in step.swap_in:
+            if not self._host.get(move.host_block) or move.device_block == 0:
+                raise KVMismatchError(f"step {step.step_id}: nothing was moved to the host block of {move}, or it goes nowhere")
+            self._blocks[move.device_block] = list(self._host[move.host_block])
 
     def _compute(self, r: TokenRange, failure: str | None) -> RowResult:
         row = self._rows.get(r.sequence_id)
@@ -127,26 +171,34 @@ class FakeWorker:
             for table, blocks in zip(row.tables, r.new_blocks, strict=True):
                 table.extend(blocks)
         end = r.start + r.num_tokens
+        if r.given:
+            row.take_given(r.given, end)
         self._check_range(r, row, end)
         self._extend_states(row, end)
         for group, table in zip(self._groups, row.tables, strict=True):
             self._write(group, table, row, r.start, end)
             self._read(group, table, row, r, end)
         row.computed_tokens = end
+        if row.is_pooled:
+            error = None if failure is None else RowError("InjectedFailure", failure)
+            state = row.states[-1]
+            return RowResult(r.sequence_id, pooled=Pooled((len(state),), state) if r.sample and error is None else None, error=error)
         if r.sample:  # also when the row fails: steps in flight go on with what is there, nobody will read their results
             row.tokens.append(self._model.next_token(row.states[-1]))
         if failure is not None:
             return RowResult(r.sequence_id, error=RowError("InjectedFailure", failure))
+        if r.sample and row.candidates >= 0:
+            return RowResult(r.sequence_id, (row.tokens[-1],), (self._model.candidates(row.states[-1], row.candidates),))
         return RowResult(r.sequence_id, (row.tokens[-1],) if r.sample else ())
 
     def _check_range(self, r: TokenRange, row: _Row, end: int) -> None:
-        size = self._groups[0].block_tokens
+        size = self._block_tokens
         lengths = {len(table) for table in row.tables}
         if r.start != row.computed_tokens:
             raise KVMismatchError(f"{r} starts elsewhere than at the {row.computed_tokens} computed tokens")
         if r.num_tokens < 1 or end > len(row.tokens) or r.sample != (end == len(row.tokens)):
             raise KVMismatchError(f"{r} does not fit the {len(row.tokens)} known tokens")
-        if lengths != {-(-end // size)}:
+        if self._groups and lengths != {-(-end // size)}:
             raise KVMismatchError(f"{r} needs {-(-end // size)} blocks of {size} tokens, the tables have {lengths}")
 
     def _extend_states(self, row: _Row, end: int) -> None:
@@ -187,17 +239,18 @@ class FakeExecutor(Executor):
         fails_step: asked for each step, also when it comes again for one range; True makes `collect` raise RuntimeError, before the
             step did anything.
         fails_row: asked for each range; a text makes that row an error.
+        host_tier: what the worker says of host memory for blocks; give the scheduler the same.
     """
 
     def __init__(self, groups: Sequence[KVGroup], num_blocks: int, model: FakeModel | None = None, *, max_in_flight: int = 1,
                  max_num_seqs: int | None = None, fails_step: Callable[[Step], bool] = lambda step: False,
-                 fails_row: Callable[[TokenRange], str | None] = lambda r: None) -> None:
+                 fails_row: Callable[[TokenRange], str | None] = lambda r: None, host_tier: HostTierReport | None = None) -> None:
         self.max_in_flight = max_in_flight
         self.model = model or FakeModel()
         self.steps: list[Step] = []
         self._fails_step, self._fails_row = fails_step, fails_row
-        self._report = WorkerReport(0, tuple(groups), num_blocks, manifest_hash="")
-        self._worker = FakeWorker(self.model, groups, num_blocks, max_num_seqs)
+        self._report = WorkerReport(0, tuple(groups), num_blocks, manifest_hash="", host_tier=host_tier)
+        self._worker = FakeWorker(self.model, groups, num_blocks, max_num_seqs, host_tier.num_blocks if host_tier else 0)
         self._submitted: deque[Step] = deque()
 
     def start(self, factory: WorkerFactory, num_workers: int) -> list[WorkerReport]:

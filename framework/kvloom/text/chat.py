@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from kvloom.config.model import JINJA_MARKS
 from kvloom.errors import RequestTypeError, RequestValidationError, shown
 from kvloom.interfaces.tokenizer import Tokenizer
 from kvloom.prompts import ParsedPrompt
@@ -64,10 +65,17 @@ class ChatFormatter:
     Args:
         tokenizer: its templates are the default.
         renderer: the one place where templates run.
+        chat_template: Jinja text or a file, instead of the tokenizer's.
+        media_root: folder of local media files; empty: none.
+
+    Raises:
+        RequestValidationError: `chat_template` is neither Jinja nor a file.
     """
 
-    def __init__(self, tokenizer: Tokenizer, renderer: TemplateRenderer) -> None:
-        self._tokenizer, self._renderer = tokenizer, renderer
+    def __init__(self, tokenizer: Tokenizer, renderer: TemplateRenderer, chat_template: str | None = None,
+                 media_root: str = "") -> None:
+        self._tokenizer, self._renderer, self._media_root = tokenizer, renderer, media_root
+        self._default = None if chat_template is None else read_template(chat_template)
         self._takes_parts: dict[str, bool] = {}
 
     def prompt(self, conversation: Sequence[Mapping[str, Any]], options: ChatOptions) -> ParsedPrompt:
@@ -84,7 +92,7 @@ class ChatFormatter:
         """
         template = self._template(options)
         as_parts = options.content_format == "openai" or (options.content_format == "auto" and self._reads_parts(template))
-        messages = read_conversation(conversation, as_parts=as_parts)
+        messages = read_conversation(conversation, as_parts=as_parts, media_root=self._media_root)
         if options.continue_final_message:
             text = self._up_to_the_end(template, messages, options)
         else:
@@ -98,6 +106,8 @@ class ChatFormatter:
     def _template(self, options: ChatOptions) -> str:
         if options.chat_template is not None:
             return read_template(options.chat_template)
+        if self._default is not None:
+            return self._default
         found = self._tokenizer.chat_templates
         template = (found.get("tool_use") if options.tools else None) or found.get("default")
         if template is None:
@@ -166,7 +176,7 @@ def read_template(given: str) -> str:
     """
     if not isinstance(given, str):
         raise RequestTypeError(f"chat_template must be Jinja text or a file's path, got {type(given).__name__}", "chat_template", given)
-    if any(mark in given for mark in ("{{", "{%", "\n")):
+    if any(mark in given for mark in JINJA_MARKS):
         return given
     path = Path(given)
     try:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvloom.errors import RequestTypeError, RequestValidationError, UnsupportedFeatureError, shown
+from kvloom.text.local_media import check_local_media
 
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal", "thinking": "thinking"}
 """Type of a part -> its key with the text."""
@@ -15,10 +16,14 @@ MEDIA_PARTS = frozenset({"image_url", "image", "input_image", "image_pil", "imag
 """Types of parts that need media support."""
 
 
-def read_conversation(conversation: Any, *, as_parts: bool) -> list[dict[str, Any]]:
+def read_conversation(conversation: Any, *, as_parts: bool, media_root: str = "") -> list[dict[str, Any]]:
     """Copies of the messages, with contents as texts, or as lists of parts.
 
+    Args:
+        media_root: folder that local files must lie in; empty: no local files.
+
     Raises:
+        LocalMediaError: a part names a local file that may not be read.
         RequestTypeError: something that is no message.
         RequestValidationError: no message at all, no role, or parts of unknown types.
         UnsupportedFeatureError: media.
@@ -28,16 +33,16 @@ def read_conversation(conversation: Any, *, as_parts: bool) -> list[dict[str, An
                                conversation)
     if not conversation:
         raise RequestValidationError("a conversation cannot be empty", "messages", conversation)
-    return [_message(m, as_parts=as_parts) for m in conversation]
+    return [_message(m, media_root, as_parts=as_parts) for m in conversation]
 
 
-def _message(message: Any, *, as_parts: bool) -> dict[str, Any]:
+def _message(message: Any, media_root: str, *, as_parts: bool) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise RequestTypeError(f"a message must be a dict with role and content, got {type(message).__name__}", "messages", message)
     if not isinstance(message.get("role"), str):
         raise RequestValidationError(f"a message must have a role, a text; got {shown(message.get('role'))}", "messages", message)
     read = dict(message)
-    parts = _parts(message.get("content"))
+    parts = _parts(message.get("content"), media_root)
     if parts is None:
         read["content"] = None
     elif as_parts:
@@ -49,7 +54,7 @@ def _message(message: Any, *, as_parts: bool) -> dict[str, Any]:
     return read
 
 
-def _parts(content: Any) -> list[dict[str, str]] | None:
+def _parts(content: Any, media_root: str) -> list[dict[str, str]] | None:
     """Texts of a message; None for a message without content (a tool call)."""
     if content is None:
         return None
@@ -58,16 +63,17 @@ def _parts(content: Any) -> list[dict[str, str]] | None:
     if not isinstance(content, Sequence):
         raise RequestTypeError(f"a message's content must be a text or a list of parts, got {type(content).__name__}", "messages",
                                content)
-    return [_part(part) for part in content]
+    return [_part(part, media_root) for part in content]
 
 
-def _part(part: Any) -> dict[str, str]:
+def _part(part: Any, media_root: str) -> dict[str, str]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     if not isinstance(part, Mapping):
         raise RequestTypeError(f"a part of a message must be a text or a dict with a type, got {type(part).__name__}", "messages", part)
     kind = part.get("type")
     if kind in MEDIA_PARTS:
+        check_local_media(part, media_root)
         raise UnsupportedFeatureError("a message's part of type", kind, "only text parts work")
     if kind not in TEXT_PARTS:
         raise RequestValidationError(f"a part of a message has the unknown type {shown(kind)}; types: {', '.join(TEXT_PARTS)}",

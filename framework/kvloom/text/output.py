@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from kvloom.core import Finish, Request
+from kvloom.core import BranchGroup, Finish, Request
 from kvloom.errors import KvloomError
 from kvloom.interfaces.step import TokenLogprob
 from kvloom.interfaces.tokenizer import Tokenizer
 from kvloom.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from kvloom.params import SamplingParams
 from kvloom.text.detokenizer import Detokenizer
 from kvloom.text.sequence_text import stopped_by_token
 
@@ -26,9 +28,14 @@ def request_output(live: LiveRequest, tokenizer: Tokenizer | None, error: Kvloom
         Exception: whatever the tokenizer raises; only this request is affected.
     """
     first = live.sequences[0].request
-    sampling = first.spec.sampling
+    sampling = first.spec.generation
     named = tokenizer.token_text if tokenizer is not None and sampling.detokenize else _no_text
-    completions = [_completion(s, tokenizer, named) for s in live.sequences]
+    metrics = RequestMetrics.of([s.request.metrics for s in live.sequences])
+    if first.group is None:
+        completions = [_completion(s, tokenizer, named) for s in live.sequences]
+    else:
+        completions = _results(first, first.group, tokenizer, named)
+        metrics.num_generation_tokens = sum(len(c.token_ids) for c in completions)
     if sampling.num_sequences > sampling.n and error is None:
         completions = _best(completions, sampling.n)
     if sampling.logprobs is None:
@@ -41,10 +48,18 @@ def request_output(live: LiveRequest, tokenizer: Tokenizer | None, error: Kvloom
         prompt_logprobs=None if sampling.prompt_logprobs is None else [None, *(_by_id(c, named) for c in first.prompt_logprobs)],
         outputs=completions,
         finished=True,
-        metrics=RequestMetrics.of([s.request.metrics for s in live.sequences]),
+        metrics=metrics,
         num_cached_tokens=first.metrics.num_cached_tokens,
         error=error,
     )
+
+
+def request_refusal(live: LiveRequest, error: KvloomError) -> RequestOutput:
+    """The output of a request that has none."""
+    now_s = time.monotonic()
+    metrics = RequestMetrics(now_s, finished_time=now_s)
+    token_ids = list(live.sequences[0].request.spec.prompt_token_ids) if live.sequences else []
+    return RequestOutput(live.request_id, live.prompt, token_ids, None, [], True, metrics, error=error)
 
 
 def _completion(sequence: LiveSequence, tokenizer: Tokenizer | None, named: TokenText) -> CompletionOutput:
@@ -62,6 +77,19 @@ def _completion(sequence: LiveSequence, tokenizer: Tokenizer | None, named: Toke
         finish_reason=None if finish is None else finish.reason,
         stop_reason=None if finish is None else finish.stop_reason,
     )
+
+
+def _results(root: Request, group: BranchGroup, tokenizer: Tokenizer | None, named: TokenText) -> list[CompletionOutput]:
+    """Of a branching request: what finished, best first; its last token's text included, whatever it is."""
+    prompt = root.spec.prompt_token_ids
+    return [CompletionOutput(
+        index=index,
+        text="" if tokenizer is None else _decoded(tokenizer, prompt, ended.token_ids, root.spec.generation),
+        token_ids=list(ended.token_ids),
+        cumulative_logprob=ended.cumulative_logprob,
+        logprobs=[_by_id(candidates, named) for candidates in ended.logprobs],
+        finish_reason=ended.reason,
+    ) for index, ended in enumerate(group.results)]
 
 
 def _best(completions: Sequence[CompletionOutput], n: int) -> list[CompletionOutput]:
@@ -82,12 +110,16 @@ def _no_text(token_id: int) -> str | None:
 
 def output_text(request: Request, tokenizer: Tokenizer | None) -> str:
     """The output's text without its stop token, unless asked for; empty where no text is wanted."""
-    sampling = request.spec.sampling
+    sampling = request.spec.generation
     if tokenizer is None or not sampling.detokenize:
         return ""
     token_ids = request.output_token_ids
     if stopped_by_token(request) and not sampling.include_stop_str_in_output:
         token_ids = token_ids[:-1]
-    text = Detokenizer(tokenizer, request.spec.prompt_token_ids, skip_special_tokens=sampling.skip_special_tokens,
+    return _decoded(tokenizer, request.spec.prompt_token_ids, token_ids, sampling)
+
+
+def _decoded(tokenizer: Tokenizer, prompt_token_ids: Sequence[int], token_ids: Sequence[int], sampling: SamplingParams) -> str:
+    text = Detokenizer(tokenizer, prompt_token_ids, skip_special_tokens=sampling.skip_special_tokens,
                        spaces_between_special_tokens=sampling.spaces_between_special_tokens)
     return text.add(token_ids) + text.finish()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kvloom.config import EngineConfig
 from kvloom.config.checkpoint import resolve_model_dir
-from kvloom.errors import ConfigError, NotRegisteredError
+from kvloom.errors import ConfigError, NotRegisteredError, RequestTypeError, shown
 from kvloom.hooks.registry import Registry
 from kvloom.interfaces.tokenizer import Tokenizer
 
@@ -22,6 +22,22 @@ def import_tokenizer(config: EngineConfig, registry: Registry[Tokenizer]) -> typ
         raise ConfigError(f"Unknown tokenizer mode {m.tokenizer_mode!r}: {error}") from error
 
 
+def adopt_tokenizer(config: EngineConfig, registry: Registry[Tokenizer], given: object) -> Tokenizer:
+    """`given` as it is, or in the class that ``tokenizer_mode`` names when it is that class's library's own object.
+
+    Raises:
+        RequestTypeError: it is neither.
+    """
+    if isinstance(given, Tokenizer):
+        return given
+    mode = registry.resolve(config.model.tokenizer_mode).load()
+    adopted = mode.adopt(given)
+    if adopted is None:
+        raise RequestTypeError(f"set_tokenizer takes a kvloom.interfaces.Tokenizer, or an object that tokenizer_mode="
+                               f"{config.model.tokenizer_mode!r} ({mode.__name__}) adopts, got {shown(given)}", "tokenizer", given)
+    return adopted
+
+
 def open_tokenizer(config: EngineConfig, model_dir: Path, tokenizer: type[Tokenizer]) -> Tokenizer:
     """Load the tokenizer.
 
@@ -34,5 +50,5 @@ def open_tokenizer(config: EngineConfig, model_dir: Path, tokenizer: type[Tokeni
     m = config.model
     directory = model_dir
     if m.tokenizer is not None or m.tokenizer_revision not in (None, m.revision):
-        directory = resolve_model_dir(m.tokenizer or m.model, m.tokenizer_revision or m.revision, m.download_dir, m.hf_token)
-    return tokenizer(directory, trust_remote_code=m.trust_remote_code)
+        directory = resolve_model_dir(m.tokenizer or m.model, m.tokenizer_revision or m.revision, m.download_dir, m.hf_token, m.fetch)
+    return tokenizer(directory, trust_remote_code=m.trust_remote_code, code_revision=m.code_revision)

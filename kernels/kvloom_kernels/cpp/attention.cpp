@@ -41,7 +41,10 @@ struct Item {
 inline int64_t first_seen(const Attend& s, int64_t position) {
     return s.window && position - s.window + 1 > 0 ? position - s.window + 1 : 0;
 }
-inline int64_t last_seen(const Attend& s, int64_t position, int64_t context) { return s.causal ? position + 1 : context; }
+inline int64_t last_seen(const Attend& s, int64_t position, int64_t context) {
+    if (s.causal) return position + 1;
+    return s.window && position + s.window < context ? position + s.window : context;
+}
 
 // 16 keys and their values, and which of them any row of the item sees.
 template <class T> struct Keys {

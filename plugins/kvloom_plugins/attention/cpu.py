@@ -10,6 +10,7 @@ from torch import Tensor
 from kvloom.interfaces import AttentionBatch, AttentionSpec, LayerCache, TensorShape
 from kvloom_kernels.attention import WORKSPACE_BYTES, cache_shapes, norm_rope_write, paged_attention
 from kvloom_kernels.native import problem
+from kvloom_kernels.token_attention import token_attention
 from kvloom_plugins.attention.paged import PagedAttention, PagedMeta
 
 
@@ -41,13 +42,20 @@ class CpuAttention(PagedAttention):
     def write(self, k: Tensor, v: Tensor, cache: LayerCache, meta: PagedMeta) -> None:
         """See `AttentionBackend.write`."""
         k, v = _heads_together(k), _heads_together(v)
-        norm_rope_write(k[:, :0], k, v, *cache.tensors, meta.batch.slots, self.spec.block_tokens)
+        k_cache, v_cache = cache.tensors
+        norm_rope_write(k[:, :0], k, v, k_cache, v_cache, meta.batch.slots, self.spec.block_tokens)
 
     def attend(self, q: Tensor, cache: LayerCache, meta: PagedMeta, out: Tensor, sinks: Tensor | None = None) -> Tensor:
         """See `AttentionBackend.attend`."""
         batch = meta.batch
-        return paged_attention(_heads_together(q), *cache.tensors, batch.block_table, batch.query_starts, batch.context_tokens, self.scores,
-                               self.spec.block_tokens, self._workspace, out, None if sinks is None else sinks.float().contiguous())
+        k_cache, v_cache = cache.tensors
+        return paged_attention(_heads_together(q), k_cache, v_cache, batch.block_table, batch.query_starts, batch.context_tokens,
+                               self.scores, self.spec.block_tokens, self._workspace, out,
+                               None if sinks is None else sinks.float().contiguous())
+
+    def attend_tokens(self, q: Tensor, k: Tensor, v: Tensor, meta: PagedMeta, out: Tensor) -> Tensor:
+        """See `AttentionBackend.attend_tokens`."""
+        return token_attention(_heads_together(q), _heads_together(k), _heads_together(v), meta.batch.query_starts, self.scores, out)
 
     def norm_rope_write(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, meta: PagedMeta, cos_sin: Tensor,
                         positions: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> bool:
@@ -55,7 +63,8 @@ class CpuAttention(PagedAttention):
         if not all(_is_together(x) for x in (q, k, v)):
             return False
         norms = None if q_norm is None or k_norm is None else (q_norm, k_norm)
-        norm_rope_write(q, k, v, *cache.tensors, meta.batch.slots, self.spec.block_tokens, (cos_sin, positions), norms, eps)
+        k_cache, v_cache = cache.tensors
+        norm_rope_write(q, k, v, k_cache, v_cache, meta.batch.slots, self.spec.block_tokens, (cos_sin, positions), norms, eps)
         return True
 
 

@@ -34,6 +34,8 @@ class PagedAttention(AttentionBackend):
             return "it has no cross or latent attention"
         if spec.dtype != spec.cache_dtype:
             return f"it keeps keys and values in the model's dtype, not in {spec.cache_dtype}"
+        if spec.sinks and not spec.stored:
+            return "it has no sinks where nothing is stored"
         return None
 
     def state_shapes(self) -> tuple[TensorShape, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvloom.interfaces import AttentionBatch, AttentionSpec, LayerCache
 from kvloom_kernels.attention import decode_mask, paged_attention_reference, paged_decode
+from kvloom_kernels.token_attention import token_attention_torch
 from kvloom_plugins.attention.paged import PagedAttention, PagedMeta
 
 
@@ -43,6 +44,8 @@ class TorchAttention(PagedAttention):
     def prepare(self, batch: AttentionBatch, out: Any = None) -> TorchMeta:
         """See `AttentionBackend.prepare`."""
         paged = super().prepare(batch, out)
+        if not self.spec.stored:
+            return TorchMeta(batch, paged.block, paged.offset, [], [])
         counts = np.diff(batch.query_starts_host)
         return TorchMeta(batch, paged.block, paged.offset, self._decode_rows(batch, np.flatnonzero(counts == 1)),
                          np.flatnonzero(counts > 1).tolist())
@@ -74,3 +77,7 @@ class TorchAttention(PagedAttention):
                 q[start:stop], k_cache, v_cache, batch.block_table[r:r + 1], np.array([0, stop - start]),
                 batch.context_tokens_host[r:r + 1], self.scores)
         return out
+
+    def attend_tokens(self, q: Tensor, k: Tensor, v: Tensor, meta: PagedMeta, out: Tensor) -> Tensor:
+        """See `AttentionBackend.attend_tokens`."""
+        return token_attention_torch(q, k, v, meta.batch.query_starts_host, self.scores, out)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from kvloom.errors import EngineClosedError, UnsupportedFeatureError
+from kvloom.errors import EngineClosedError, EngineStateError, UnsupportedFeatureError
 from kvloom.interfaces import Executor, Step, StepResult, Worker, WorkerFactory, WorkerReport
 
 
@@ -18,6 +20,7 @@ class InProcessExecutor(Executor):
     def __init__(self) -> None:
         self._worker: Worker | None = None
         self._done: deque[StepResult | Exception] = deque()
+        self._late: CallThread | None = None
 
     def start(self, factory: WorkerFactory, num_workers: int) -> list[WorkerReport]:
         """See `Executor.start`."""
@@ -46,12 +49,29 @@ class InProcessExecutor(Executor):
 
     def call(self, method: str | Callable[..., Any], timeout_s: float | None = None, args: Sequence[Any] = (),
              kwargs: Mapping[str, Any] | None = None) -> list[Any]:
-        """See `Executor.call`. A call in this process cannot be interrupted, so a timeout is refused."""
-        if timeout_s is not None:
-            raise UnsupportedFeatureError("timeout", timeout_s, "a call in this process cannot be interrupted; leave it out")
+        """See `Executor.call`. With a timeout it runs in a thread of its own, which nothing can stop when it is late."""
         worker = self._running()
-        function = getattr(worker, method) if isinstance(method, str) else method
-        return [function(*args, **(kwargs or {})) if isinstance(method, str) else function(worker, *args, **(kwargs or {}))]
+        function = functools.partial(getattr(worker, method) if isinstance(method, str) else functools.partial(method, worker), *args,
+                                     **(kwargs or {}))
+        if timeout_s is None:
+            return [function()]
+        thread = CallThread(function)
+        thread.start()
+        try:
+            thread.join(timeout_s)
+        finally:  # it may also be Ctrl-C that ends the wait
+            self._late = thread if thread.is_alive() else None
+        if self._late is not None:
+            raise TimeoutError(f"the call did not end within {timeout_s} s. It goes on in its thread; until it ends, the engine takes "
+                               "nothing but close()")
+        return [thread.result()]
+
+    def check_ready(self) -> None:
+        """See `Executor.check_ready`."""
+        if self._late is not None and self._late.is_alive():
+            raise EngineStateError("a call of collective_rpc that was late is still running on the worker; wait for its end, or close "
+                                   "the engine")
+        self._late = None
 
     def close(self) -> None:
         """See `Executor.close`."""
@@ -63,4 +83,28 @@ class InProcessExecutor(Executor):
     def _running(self) -> Worker:
         if self._worker is None:
             raise EngineClosedError("the engine was closed; make a new LLM")
+        self.check_ready()
         return self._worker
+
+
+class CallThread(threading.Thread):
+    """A call, and what came of it. It does not keep the process from ending."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        super().__init__(name="kvloom-call", daemon=True)
+        self._function = function
+        self._value: Any = None
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        """See `threading.Thread`."""
+        try:
+            self._value = self._function()
+        except BaseException as error:  # noqa: BLE001  (it is raised where the call was made)
+            self._error = error
+
+    def result(self) -> Any:
+        """What the function returned, or raises what it raised."""
+        if self._error is not None:
+            raise self._error
+        return self._value

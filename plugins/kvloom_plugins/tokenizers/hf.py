@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import transformers
 
 from kvloom.errors import ModelError
-from kvloom.interfaces import Tokenizer
+from kvloom.interfaces import EncodedPair, Tokenizer, remote_code
+from kvloom_plugins.tokenizers.pieces import reader_of
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 
@@ -19,20 +22,33 @@ CHAT_TEMPLATE_FILES = ("chat_template.jinja", "additional_chat_templates/*.jinja
 class AutoTokenizer(Tokenizer):
     """The implementation that the library has for the files: fast (Rust) for nearly all, Python for a few old models.
 
-    Since transformers 5 each model has one of the two, ``use_fast`` is ignored. Code in the directory is never run.
+    Since transformers 5 each model has one of the two, ``use_fast`` is ignored. Code in the directory runs only with trust.
     """
 
-    def __init__(self, directory: Path, *, trust_remote_code: bool = False) -> None:
+    def __init__(self, directory: Path, *, trust_remote_code: bool = False, code_revision: str | None = None) -> None:
+        _check_code(directory, trust_remote_code=trust_remote_code)
         try:
-            self._hf = transformers.AutoTokenizer.from_pretrained(
-                str(directory), trust_remote_code=False, local_files_only=True, clean_up_tokenization_spaces=False)
+            loaded = remote_code.from_pretrained(transformers.AutoTokenizer, directory, trust_remote_code=trust_remote_code,
+                                                 code_revision=code_revision, clean_up_tokenization_spaces=False)
         except Exception as error:
             found = ", ".join(f for f in FILES if (directory / f).exists()) or "none of them"
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"no tokenizer can be loaded from {directory} (looked for {', '.join(FILES)}; found {found}): "
                              f"{type(error).__name__}: {reason}. Give tokenizer=..., or skip_tokenizer_init=True and token "
                              "prompts") from error
-        self._directory = directory
+        self._take(loaded, tuple(str(directory / name) for name in CHAT_TEMPLATE_FILES))
+
+    @classmethod
+    def adopt(cls, underlying: Any) -> Self | None:
+        """See `Tokenizer.adopt`."""
+        if not isinstance(underlying, transformers.PreTrainedTokenizerBase):
+            return None
+        tokenizer = cls.__new__(cls)
+        tokenizer._take(underlying, ("the tokenizer that was given to set_tokenizer",))
+        return tokenizer
+
+    def _take(self, tokenizer: Any, template_places: tuple[str, ...]) -> None:
+        self._hf, self._template_places = tokenizer, template_places
         vocabulary = self._hf.get_vocab()
         self._vocab_size = max(vocabulary.values(), default=-1) + 1
         self._gaps = frozenset(range(self._vocab_size)).difference(vocabulary.values())
@@ -76,6 +92,11 @@ class AutoTokenizer(Tokenizer):
         return None if self._hf.bos_token_id is None else int(self._hf.bos_token_id)
 
     @property
+    def pad_token_id(self) -> int | None:
+        """See `Tokenizer.pad_token_id`."""
+        return None if self._hf.pad_token_id is None else int(self._hf.pad_token_id)
+
+    @property
     def special_token_ids(self) -> frozenset[int]:
         """See `Tokenizer.special_token_ids`."""
         return self._special
@@ -96,7 +117,7 @@ class AutoTokenizer(Tokenizer):
     @property
     def chat_template_places(self) -> Sequence[str]:
         """See `Tokenizer.chat_template_places`."""
-        return tuple(str(self._directory / name) for name in CHAT_TEMPLATE_FILES)
+        return self._template_places
 
     @property
     def special_tokens(self) -> Mapping[str, str]:
@@ -106,6 +127,21 @@ class AutoTokenizer(Tokenizer):
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """See `Tokenizer.encode`."""
         return [int(i) for i in self._hf(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]]
+
+    def encode_within(self, text: str, max_tokens: int) -> list[int]:
+        """See `Tokenizer.encode_within`."""
+        return self._cut(text, None, max_tokens).token_ids
+
+    def encode_pair(self, text: str, pair: str, max_tokens: int | None = None) -> EncodedPair:
+        """See `Tokenizer.encode_pair`."""
+        return self._cut(text, pair, max_tokens)
+
+    def _cut(self, text: str, pair: str | None, max_tokens: int | None) -> EncodedPair:
+        added = self._hf.num_special_tokens_to_add(pair=pair is not None)
+        if max_tokens is not None and max_tokens <= added:
+            raise ValueError(f"{max_tokens} tokens leave no room beside the tokenizer's {added} special tokens")
+        found = self._hf(text, pair, verbose=False, truncation=False if max_tokens is None else "longest_first", max_length=max_tokens)
+        return EncodedPair([int(i) for i in found["input_ids"]], [int(i) for i in found.get("token_type_ids", ())])
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True) -> str:
         """See `Tokenizer.decode`."""
@@ -124,15 +160,45 @@ class AutoTokenizer(Tokenizer):
             text = self._texts[token_id] = self.decode([token_id], skip_special_tokens=False)
         return text
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """See `Tokenizer.token_bytes`."""
+        if self._read_piece is None:
+            return super().token_bytes(token_id)
+        return b"" if not self._knows(token_id) or token_id in self._special else self._read_piece(self._names[token_id])
+
+    @cached_property
+    def _read_piece(self) -> Callable[[str], bytes] | None:
+        if not self.is_fast:
+            return None
+        decoder = self._hf.backend_tokenizer.decoder
+        return reader_of(None if decoder is None else json.loads(decoder.__getstate__()))
+
+    @cached_property
+    def _names(self) -> Mapping[int, str]:
+        return {token_id: name for name, token_id in self._hf.get_vocab().items()}
+
     def _knows(self, token_id: int) -> bool:
         return 0 <= token_id < self._vocab_size and token_id not in self._gaps
+
+
+def _check_code(directory: Path, *, trust_remote_code: bool) -> None:
+    """Raises `ModelError` when the tokenizer is code of the checkpoint, not trusted, and no class of transformers: another one would
+    give other ids."""
+    code = remote_code.named_code(directory, "tokenizer_config.json", "AutoTokenizer")
+    if code is None or trust_remote_code:
+        return
+    name = str(remote_code.read_json(directory / "tokenizer_config.json").get("tokenizer_class") or "")
+    if not any(hasattr(transformers, f"{name.removesuffix('Fast')}{suffix}") for suffix in ("", "Fast") if name):
+        raise ModelError(f"the tokenizer of {directory} is code that comes with it ({code}), and it is not run. If you have read "
+                         "it and trust it, give trust_remote_code=True; else tokenizer=..., or skip_tokenizer_init=True and token "
+                         "prompts")
 
 
 class FastTokenizer(AutoTokenizer):
     """The library's Rust implementation, where it has one for the files; "auto" takes the same one then."""
 
-    def __init__(self, directory: Path, *, trust_remote_code: bool = False) -> None:
-        super().__init__(directory, trust_remote_code=trust_remote_code)
+    def __init__(self, directory: Path, *, trust_remote_code: bool = False, code_revision: str | None = None) -> None:
+        super().__init__(directory, trust_remote_code=trust_remote_code, code_revision=code_revision)
         if not self.is_fast:
             raise ModelError(f"tokenizer_mode='fast' asks for a Rust tokenizer, but transformers {transformers.__version__} has only "
                              f"the Python {type(self._hf).__name__} for the files in {directory}. Use tokenizer_mode='auto'")
@@ -141,8 +207,8 @@ class FastTokenizer(AutoTokenizer):
 class SlowTokenizer(AutoTokenizer):
     """The library's Python implementation. transformers 5 has one only for models without a fast one (ByT5, CTRL, BioGPT, ...)."""
 
-    def __init__(self, directory: Path, *, trust_remote_code: bool = False) -> None:
-        super().__init__(directory, trust_remote_code=trust_remote_code)
+    def __init__(self, directory: Path, *, trust_remote_code: bool = False, code_revision: str | None = None) -> None:
+        super().__init__(directory, trust_remote_code=trust_remote_code, code_revision=code_revision)
         if self.is_fast:
             raise ModelError(f"tokenizer_mode='slow' asks for a Python tokenizer, but transformers {transformers.__version__} has only "
                              f"the fast {type(self._hf).__name__} for the files in {directory}. Use tokenizer_mode='auto'")

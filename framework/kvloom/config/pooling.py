@@ -1,0 +1,136 @@
+"""What an engine does with hidden states: its task, and how it pools, from configuration, checkpoint and model. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvloom.config.pooler import PoolerConfig
+from kvloom.config.sentence_transformers import DenseLayer, SentenceModules
+from kvloom.errors import ConfigError, ModelError, UnsupportedFeatureError, shown
+from kvloom.interfaces.model_config import ModelConfig
+
+GENERATE = "generate"
+LABEL_TASKS = ("classify", "score", "reward")
+"""Tasks that end in the model's label head."""
+LABEL_ACTIVATIONS: Mapping[str, str] = {"Sigmoid": "sigmoid", "Identity": "identity", "Softmax": "softmax"}
+"""Last part of the class path that a cross-encoder's config.json may name."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingPlan:
+    """How an engine pools. Two workers with equal plans and models give equal results.
+
+    Args:
+        task: embed, classify, score or reward.
+        config: what the caller said.
+        modules: what the checkpoint says of embeddings.
+        activation: of label scores: softmax, sigmoid or identity; None: as the task has it.
+        num_labels: of the label head; None for embeddings.
+        embedding_size: numbers in an uncut embedding.
+        dimensions: lengths to which embeddings may be cut; None: not at all; empty: any.
+    """
+
+    task: str
+    config: PoolerConfig
+    modules: SentenceModules | None
+    activation: str
+    num_labels: int | None
+    embedding_size: int
+    dimensions: tuple[int, ...] | None
+
+    @property
+    def dense(self) -> tuple[DenseLayer, ...]:
+        """Layers after pooling."""
+        return self.modules.dense if self.modules is not None else ()
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Longest prompt that the checkpoint means; None: what the model can take."""
+        return self.modules.max_tokens if self.modules is not None else None
+
+    @property
+    def labels(self) -> bool:
+        """Whether results are scores of labels."""
+        return self.task in LABEL_TASKS
+
+    def pooling_type(self, of_model: str) -> str:
+        """The caller's, else the checkpoint's, else the model's."""
+        return self.config.pooling_type or (self.modules and self.modules.pooling_type) or of_model
+
+    def activates(self, options: Mapping[str, Any]) -> bool:
+        """Whether embeddings are normalized, or label scores activated, unless a request says otherwise.
+
+        Args:
+            options: `Model.pooling_options`.
+        """
+        if self.labels:
+            said = self.config.activates_labels
+            return bool(options.get("softmax", self.task != "reward")) if said is None else said
+        said = self.config.activates_embeddings
+        if said is not None:
+            return said
+        return bool(options.get("normalize", True)) if self.modules is None else self.modules.normalize
+
+
+def choose_task(requested: str, tasks: Sequence[str], *, is_sentence_model: bool, model: str) -> str:
+    """What an engine is for.
+
+    Args:
+        requested: ``task=``: "auto", "pooling" (whatever but generating), or one task.
+        tasks: of the model, preferred first.
+        is_sentence_model: whether the checkpoint comes with a ``modules.json``.
+
+    Raises:
+        ConfigError: the model cannot do that.
+    """
+    wanted: Sequence[str] = (requested,)
+    if requested in ("auto", "pooling"):
+        usable = [t for t in tasks if t != GENERATE or requested == "auto"]
+        wanted = ["embed"] if is_sentence_model and "embed" in usable else usable
+    found = next((t for t in wanted if t in tasks), None)
+    if found is None:
+        raise ConfigError(f"This model does not support the {requested!r} task. Supported tasks: {set(tasks)} ({model})")
+    return found
+
+
+def plan_pooling(task: str, config: PoolerConfig | None, modules: SentenceModules | None, model: ModelConfig,
+                 raw: Mapping[str, Any]) -> PoolingPlan:
+    """See `PoolingPlan`.
+
+    Args:
+        raw: config.json, for keys that concern no model class.
+
+    Raises:
+        ModelError: dense layers that do not fit, or Matryoshka dimensions that are none.
+    """
+    size = model.hidden_size
+    for layer in (modules.dense if modules is not None else ()):
+        if layer.in_features != size:
+            raise ModelError(f"{layer.directory.name} takes {layer.in_features} numbers, what comes before it gives {size}")
+        size = layer.out_features
+    num_labels = getattr(model, "num_labels", None) if task in LABEL_TASKS else None
+    return PoolingPlan(task, config or PoolerConfig(), modules, _activation(raw, num_labels), num_labels, size, _dimensions(raw, size))
+
+
+def _activation(raw: Mapping[str, Any], num_labels: int | None) -> str:
+    """Of label scores, as cross-encoders' config.json may name it; else sigmoid where labels do not exclude each other, or where
+    there is only one."""
+    newer = raw.get("sentence_transformers")
+    named = raw.get("sbert_ce_default_activation_function") or (newer.get("activation_fn") if isinstance(newer, Mapping) else None)
+    if named is not None:
+        kind = str(named).rpartition(".")[2]
+        if kind not in LABEL_ACTIVATIONS:
+            raise UnsupportedFeatureError("activation of the cross-encoder", kind, f"it may be {', '.join(LABEL_ACTIVATIONS)}")
+        return LABEL_ACTIVATIONS[kind]
+    return "sigmoid" if num_labels == 1 or raw.get("problem_type") == "multi_label_classification" else "softmax"
+
+
+def _dimensions(raw: Mapping[str, Any], size: int) -> tuple[int, ...] | None:
+    given = raw.get("matryoshka_dimensions")
+    if given is None:
+        return () if raw.get("is_matryoshka") is True else None
+    if not isinstance(given, list) or not given or not all(type(d) is int and 0 < d <= size for d in given):
+        raise ModelError(f"matryoshka_dimensions must be lengths of at most {size}, got {shown(given)}")
+    return tuple(given)

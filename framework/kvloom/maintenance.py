@@ -1,0 +1,142 @@
+"""What `LLM` does besides serving requests: calls on workers, its tokenizer, sleep, profiles, the prefix cache."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from kvloom.errors import RequestTypeError, UnsupportedFeatureError, shown
+from kvloom.param_checks import check_int, check_number
+
+if TYPE_CHECKING:
+    from kvloom.running import RunningEngine
+
+R = TypeVar("R")
+LONGEST_TIMEOUT_S = 10.0**6
+DEVICE = "cpu"
+"""The only kind of device so far."""
+
+
+class Maintenance(ABC):
+    """A base of `LLM`."""
+
+    @property
+    @abstractmethod
+    def llm_engine(self) -> RunningEngine:
+        """The running engine."""
+
+    # -- workers
+
+    def collective_rpc(self, method: str | Callable[..., R], timeout: float | None = None, args: Sequence[Any] = (),
+                       kwargs: Mapping[str, Any] | None = None) -> list[R]:
+        """Call a worker's method by name, or a function with the worker as its first argument; one result a worker, by rank.
+
+        A call cannot be stopped. One that is late goes on: until it ends, requests and further calls are refused, and `close` works.
+
+        Args:
+            method: its name, or a function.
+            timeout: seconds to wait; None: as long as it takes.
+            args, kwargs: for it.
+
+        Raises:
+            AttributeError: workers have no such method.
+            TimeoutError: it took longer than `timeout`.
+            EngineStateError: an earlier call was late and still runs.
+            Exception: whatever the method raises.
+        """
+        if timeout is not None:
+            timeout = check_number("timeout", timeout, 0, LONGEST_TIMEOUT_S, above_low=True)
+        return self.llm_engine.executor.call(method, timeout, args, kwargs)
+
+    def apply_model(self, func: Callable[[Any], R]) -> list[R]:
+        """Call a function with the torch module on every worker, in process; one result a worker.
+
+        Args:
+            func: gets the module.
+        """
+        return self.llm_engine.executor.call(lambda worker: func(worker.model))
+
+    # -- tokenizer
+
+    def get_tokenizer(self) -> Any:
+        """The tokenizer library's own object."""
+        return self.llm_engine.rules.need_tokenizer("get_tokenizer()").underlying
+
+    def set_tokenizer(self, tokenizer: Any) -> None:
+        """Use another tokenizer for later requests: its end-of-text token and chat template too.
+
+        Args:
+            tokenizer: of the transformers library, or a `kvloom.interfaces.Tokenizer`.
+
+        Raises:
+            RequestTypeError: it is neither.
+            RequestValidationError: it knows token ids that the model does not.
+            EngineStateError: requests are under way.
+        """
+        self.llm_engine.set_tokenizer(tokenizer)
+
+    # -- memory
+
+    def reset_prefix_cache(self, device: Any = None) -> bool:
+        """Forget cached prefixes, those on the host too. False, and nothing happens, while requests hold blocks.
+
+        Args:
+            device: of vLLM: whose cache; None or this engine's device, which is "cpu".
+
+        Raises:
+            UnsupportedFeatureError: another device.
+        """
+        if device is not None and str(getattr(device, "name", device)).lower() != DEVICE:
+            raise UnsupportedFeatureError("device", device, f"this engine's blocks are on {DEVICE!r}; leave it out")
+        return self.llm_engine.reset_prefix_cache()
+
+    def sleep(self, level: int = 1) -> None:
+        """Give memory back until `wake_up`. Cached prefixes are forgotten; requests are refused meanwhile. Asleep already: a warning.
+
+        Args:
+            level: 1 drops the KV cache and keeps the weights on the host; on a CPU device they are there anyway. 2 drops both, and
+                `wake_up` reads the checkpoint again.
+
+        Raises:
+            EngineStateError: without ``enable_sleep_mode=True``, or while requests are under way.
+            RequestValidationError: another level.
+        """
+        if level == 0 and not isinstance(level, bool):
+            raise UnsupportedFeatureError("level", level, "between calls of LLM nothing runs that could be paused; use 1 or 2")
+        self.llm_engine.sleep(check_int("level", level, 1, 2))
+
+    def wake_up(self, tags: Iterable[str] | None = None) -> bool:
+        """Take memory again. True when everything is awake; awake already: a warning.
+
+        Args:
+            tags: parts to wake, of "weights" and "kv_cache"; None wakes both. When that raises, everything sleeps as before.
+
+        Raises:
+            RequestTypeError, RequestValidationError: other tags.
+            MemoryPlanError: the memory was taken by others meanwhile.
+        """
+        return self.llm_engine.wake_up(tags)
+
+    # -- profiles
+
+    def start_profile(self, profile_prefix: str | None = None) -> None:
+        """Record what steps do with torch's profiler, until `stop_profile`.
+
+        Args:
+            profile_prefix: what the files' names begin with.
+
+        Raises:
+            EngineStateError: without ``profile_dir=...``, or when it was started already.
+        """
+        if profile_prefix is not None and not isinstance(profile_prefix, str):
+            raise RequestTypeError(f"profile_prefix must be text, got {shown(profile_prefix)}", "profile_prefix", profile_prefix)
+        self.llm_engine.start_profile(profile_prefix or "")
+
+    def stop_profile(self) -> list[str]:
+        """Write the traces: one Chrome trace file a worker; their paths.
+
+        Raises:
+            EngineStateError: it was not started.
+        """
+        return self.llm_engine.stop_profile()

@@ -1,0 +1,215 @@
+"""`LLM`'s methods of pooling engines: encode, embed, classify, reward, score."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, TypeVar
+
+from kvloom.calls import run
+from kvloom.errors import RequestValidationError
+from kvloom.params import PoolingParams
+from kvloom.pooling_outputs import (
+    ClassificationRequestOutput,
+    EmbeddingRequestOutput,
+    PoolingOutput,
+    PoolingRequestOutput,
+    ScoringRequestOutput,
+)
+from kvloom.prompts import legacy_prompts, split_prompts
+from kvloom.request_arguments import OnError, check_on_error, one_each, priorities_each, refuse_later
+from kvloom.running import RunningEngine
+from kvloom.score import paired, score_embeddings, score_pairs
+
+NOT_GIVEN: Any = object()
+PoolingChoice = PoolingParams | Sequence[PoolingParams] | None
+Bar = bool | Callable[..., Any]
+Wanted = TypeVar("Wanted", EmbeddingRequestOutput, ClassificationRequestOutput, ScoringRequestOutput)
+
+
+class PoolingCalls:
+    """Mixed into `LLM`. All methods share these arguments:
+
+    use_tqdm: show a progress bar, or a function that makes one.
+    pooling_params: one for all or one a prompt; None: the engine's defaults.
+    truncate_prompt_tokens: see `PoolingParams`; for all prompts.
+    priority, on_error: as in `LLM.generate`.
+
+    Raises:
+        RequestValidationError, RequestTypeError: no prompt, a bad one, or a task that this engine does not have; nothing was computed.
+        RequestFailedError: a request failed while it ran.
+    """
+
+    DEPRECATE_LEGACY: ClassVar[bool]
+
+    @property
+    @abstractmethod
+    def llm_engine(self) -> RunningEngine:
+        """The running engine."""
+
+    def encode(
+        self,
+        prompts: Any = NOT_GIVEN,
+        pooling_params: PoolingChoice = None,
+        prompt_token_ids: Any = None,
+        use_tqdm: Bar = True,
+        lora_request: Any = None,
+        prompt_adapter_request: Any = None,
+        *,
+        pooling_task: str | None = None,
+        truncate_prompt_tokens: int | None = None,
+        priority: int | Sequence[int] | None = None,
+        on_error: OnError = "raise",
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """Pool prompts; results in their order, as tensors: ``[H]``, ``[labels]``, or ``[tokens, ...]`` where each token has a row.
+
+        Args:
+            prompts: in `LLM.generate`'s forms.
+            prompt_token_ids: of older versions: token ids beside or instead of `prompts`.
+            pooling_task: embed, classify, score, reward, token_embed or token_classify, as far as the engine's task allows; None:
+                the engine's.
+        """
+        rules = self.llm_engine.rules.need_pooling("encode")
+        refuse_later(lora_request=lora_request, prompt_adapter_request=prompt_adapter_request)
+        rules.check_task(pooling_task)
+        items = prompts_of(prompts, prompt_token_ids, warn=self.DEPRECATE_LEGACY)
+        return self._pool(items, pooling_params, pooling_task, truncate_prompt_tokens, use_tqdm, priority, on_error)
+
+    def embed(
+        self,
+        prompts: Any,
+        /,
+        *,
+        use_tqdm: Bar = True,
+        pooling_params: PoolingChoice = None,
+        lora_request: Any = None,
+        prompt_adapter_request: Any = None,
+        truncate_prompt_tokens: int | None = None,
+        priority: int | Sequence[int] | None = None,
+        on_error: OnError = "raise",
+    ) -> list[EmbeddingRequestOutput]:
+        """Embed prompts: one list of numbers each, of length 1 where the model normalizes."""
+        self._need_task("embed", "Embedding API is only enabled for `--task embed`")
+        refuse_later(lora_request=lora_request, prompt_adapter_request=prompt_adapter_request)
+        outputs = self._pool(split_prompts(prompts), pooling_params, "embed", truncate_prompt_tokens, use_tqdm, priority, on_error)
+        return [converted(o, EmbeddingRequestOutput) for o in outputs]
+
+    def classify(
+        self,
+        prompts: Any,
+        /,
+        *,
+        use_tqdm: Bar = True,
+        pooling_params: PoolingChoice = None,
+        lora_request: Any = None,
+        prompt_adapter_request: Any = None,
+        truncate_prompt_tokens: int | None = None,
+        priority: int | Sequence[int] | None = None,
+        on_error: OnError = "raise",
+    ) -> list[ClassificationRequestOutput]:
+        """Classify prompts: a probability for each of the model's labels."""
+        self._need_task("classify", "Classification API is only enabled for `--task classify`")
+        refuse_later(lora_request=lora_request, prompt_adapter_request=prompt_adapter_request)
+        outputs = self._pool(split_prompts(prompts), pooling_params, "classify", truncate_prompt_tokens, use_tqdm, priority, on_error)
+        return [converted(o, ClassificationRequestOutput) for o in outputs]
+
+    def reward(
+        self,
+        prompts: Any,
+        /,
+        *,
+        use_tqdm: Bar = True,
+        pooling_params: PoolingChoice = None,
+        lora_request: Any = None,
+        truncate_prompt_tokens: int | None = None,
+        priority: int | Sequence[int] | None = None,
+        on_error: OnError = "raise",
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """Reward prompts: ``[tokens, labels]``, or ``[steps, labels]`` of a process reward model."""
+        self._need_task("reward", "Reward API is only enabled for `--task reward`")
+        refuse_later(lora_request=lora_request)
+        return self._pool(split_prompts(prompts), pooling_params, "reward", truncate_prompt_tokens, use_tqdm, priority, on_error)
+
+    def score(
+        self,
+        text_1: Any,
+        text_2: Any,
+        /,
+        *,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: Bar = True,
+        pooling_params: PoolingParams | None = None,
+        lora_request: Any = None,
+        prompt_adapter_request: Any = None,
+        on_error: OnError = "raise",
+    ) -> list[ScoringRequestOutput]:
+        """Score pairs of texts, 1 to 1, 1 to N or N to N: by a cross-encoder, or by the cosine of two embeddings.
+
+        Args:
+            text_1, text_2: texts, ``{"prompt": ...}`` or ``{"prompt_token_ids": ...}``, whose text then counts; one or a list.
+
+        Returns:
+            As many as `text_2` has. Of embeddings ``request_id`` is that of both, joined by ``_``, and the token ids are those of both
+            with a padding token between them.
+        """
+        engine = self.llm_engine
+        rules = engine.rules.need_pooling("score")
+        refuse_later(lora_request=lora_request, prompt_adapter_request=prompt_adapter_request)
+        check_on_error(on_error)
+        if rules.task not in ("embed", "score", "classify"):
+            raise RequestValidationError("Score API is only enabled for `--task embed or score`: this engine runs with "
+                                         f"task={rules.task!r}", "task", rules.task)
+        pairs = paired(engine, text_1, text_2)
+        params = for_task(pooling_params or PoolingParams(), "embed" if rules.task == "embed" else "score", truncate_prompt_tokens)
+        if rules.task == "embed":
+            return score_embeddings(engine, pairs, params, use_tqdm, on_error)
+        return [converted(o, ScoringRequestOutput) for o in score_pairs(engine, pairs, params, use_tqdm, on_error)]
+
+    def _need_task(self, method: str, message: str) -> None:
+        """Raises `RequestValidationError` in an engine of another task."""
+        rules = self.llm_engine.rules.need_pooling(method)
+        if rules.task != method and not (method == "classify" and rules.task == "score"):
+            raise RequestValidationError(f"{message}: this engine runs with task={rules.task!r}", "task", rules.task)
+
+    def _pool(self, items: Sequence[Any], params: PoolingChoice, task: str | None, truncate: int | None, use_tqdm: Bar,
+              priority: int | Sequence[int] | None, on_error: OnError) -> list[PoolingRequestOutput[PoolingOutput]]:
+        check_on_error(on_error)
+        if not items:
+            raise RequestValidationError("You must pass at least one prompt", "prompts", items)
+        each = one_each(len(items), params, PoolingParams(), "pooling_params")
+        prepared = {id(p): for_task(p, task, truncate) for p in each}
+        return run(self.llm_engine, items, [prepared[id(p)] for p in each], priorities_each(len(items), priority), use_tqdm, on_error)
+
+
+def for_task(params: PoolingParams, task: str | None, truncate: int | None) -> PoolingParams:
+    """The caller's with what the call says. Raises `RequestValidationError` where both say something else."""
+    for name, value in (("task", task), ("truncate_prompt_tokens", truncate)):
+        own = getattr(params, name)
+        if value is not None and own is not None and own != value:
+            raise RequestValidationError(f"PoolingParams.{name}={own!r} contradicts the call, which says {value!r}", name, own)
+    return replace(params, task=params.task if task is None else task,
+                   truncate_prompt_tokens=params.truncate_prompt_tokens if truncate is None else truncate)
+
+
+def converted(output: PoolingRequestOutput[Any], wanted: type[Wanted]) -> Wanted:
+    """The output of a task from what was pooled; a failed one stays without `outputs`."""
+    found: Wanted = wanted(**vars(output)) if output.error is not None else wanted.from_base(output)
+    return found
+
+
+def prompts_of(prompts: Any, prompt_token_ids: Any, *, warn: bool) -> list[Any]:
+    """One item a prompt, from today's or yesterday's arguments.
+
+    Args:
+        warn: that yesterday's are deprecated.
+    """
+    if prompt_token_ids is None:
+        if prompts is NOT_GIVEN:
+            raise RequestValidationError("Either prompts or prompt_token_ids must be provided.", "prompts")
+        return split_prompts(prompts)
+    if warn:
+        warnings.warn("prompt_token_ids is deprecated: give [{'prompt_token_ids': [...]}, ...] as prompts", DeprecationWarning,
+                      stacklevel=3)
+    return legacy_prompts(None if prompts is NOT_GIVEN else prompts, prompt_token_ids)

@@ -1,0 +1,90 @@
+"""What a pooling request may ask of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvloom.errors import RequestValidationError
+from kvloom.params import PoolingParams
+
+if TYPE_CHECKING:
+    from kvloom.runtime.pooling import PoolerSet
+
+SERVED: Mapping[str, tuple[str, ...]] = {
+    "embed": ("embed", "token_embed"), "classify": ("classify", "score", "token_classify"),
+    "score": ("score", "classify", "token_classify"), "reward": ("reward", "token_classify"),
+}
+"""Task of an engine -> tasks that its requests may have."""
+STEPS = "STEP"
+"""Pooling type with a tag."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingRules:
+    """Of one engine. `poolers`: what pools."""
+
+    poolers: PoolerSet
+
+    @property
+    def task(self) -> str:
+        """The engine's."""
+        return self.poolers.plan.task
+
+    def check_task(self, task: str | None) -> None:
+        """Raises `RequestValidationError` for a task of another kind of engine."""
+        if task is not None and task not in SERVED[self.task]:
+            raise RequestValidationError(f"this engine runs with task={self.task!r}, whose requests may be for "
+                                         f"{', '.join(SERVED[self.task])}; got {task!r:.100}", "pooling_task", task)
+
+    def checked(self, params: PoolingParams) -> PoolingParams:
+        """A checked copy of the caller's.
+
+        Raises:
+            RequestValidationError: a field that means nothing here, or a value that the model does not have.
+        """
+        own = params.clone()
+        self.check_task(own.task)
+        if own.dimensions is not None:
+            self._check_dimensions(own.dimensions)
+        if own.returned_token_ids is not None:
+            self.check_columns(own.returned_token_ids)
+        if own.step_tag_id is not None and self.poolers.pooling_type != STEPS:
+            raise RequestValidationError(f"step_tag_id belongs to pooling type {STEPS}, this engine pools with "
+                                         f"{self.poolers.pooling_type}", "step_tag_id", own.step_tag_id)
+        return own
+
+    def check_columns(self, columns: Sequence[int]) -> None:
+        """Raises `RequestValidationError` for columns that the label head does not have."""
+        count = self.poolers.plan.num_labels
+        if count is None:
+            raise RequestValidationError("returned_token_ids choose scores of labels, this engine gives embeddings",
+                                         "returned_token_ids", list(columns))
+        bad = next((c for c in columns if c >= count), None)
+        if bad is not None:
+            raise RequestValidationError(f"returned_token_ids are columns 0 to {count - 1} of the label head, got {bad}",
+                                         "returned_token_ids", bad)
+
+    def _check_dimensions(self, wanted: int) -> None:
+        plan = self.poolers.plan
+        if plan.labels:
+            raise RequestValidationError(f"dimensions are those of an embedding, this engine runs with task={plan.task!r}",
+                                         "dimensions", wanted)
+        if plan.dimensions is None:
+            raise RequestValidationError("this model was not trained to be cut (Matryoshka), so dimensions cannot be set; if it was, "
+                                         "say so: hf_overrides={'is_matryoshka': True}", "dimensions", wanted)
+        if wanted > plan.embedding_size or (plan.dimensions and wanted not in plan.dimensions):
+            valid = ", ".join(map(str, plan.dimensions)) if plan.dimensions else f"1 to {plan.embedding_size}"
+            raise RequestValidationError(f"dimensions of this model's embeddings may be {valid}; got {wanted}", "dimensions",
+                                         wanted)
+
+    def reads_prefix_cache(self, params: PoolingParams) -> bool:
+        """Whether cached tokens need not be computed: their hidden states are not kept."""
+        return self.poolers.pooler(params).needs == "last" and not params.skip_reading_prefix_cache
+
+    def check_start(self, params: PoolingParams, token_ids: Sequence[int]) -> None:
+        """Raise what the pooler refuses."""
+        error = self.poolers.start(params, token_ids).error
+        if error is not None:
+            raise error

@@ -1,0 +1,1 @@
+"""Grammar backends for structured output."""

@@ -1,0 +1,1 @@
+"""Poolers: one module a pooling type."""

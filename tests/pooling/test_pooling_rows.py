@@ -1,0 +1,412 @@
+"""The rows of docs/api.md about pooling, one test each: methods, parameters, configuration."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from pooling_helpers import VOCAB, close, engine, free_blocks, hidden_of, make, prompts_of, unit, vectors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer
+
+from kvloom import LLM, PoolerConfig, PoolingParams, SamplingParams
+from kvloom.config import EngineConfig
+from kvloom.errors import ConfigError, RequestValidationError, UnsupportedFeatureError
+
+PROMPTS = prompts_of(8)
+QUIET = {"use_tqdm": False}
+
+
+def write_tokenizer(directory: Path) -> None:
+    """Words w0..w95, two special tokens around a text and one between two, and padding."""
+    words = {**{f"w{i}": i for i in range(4, VOCAB)}, "<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>", "<unk>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>"}')
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("embed")
+
+
+@pytest.fixture(scope="module")
+def model(directory: Path) -> torch.nn.Module:
+    made = make(directory, matryoshka_dimensions=[16])
+    write_tokenizer(directory)
+    return made
+
+
+@pytest.fixture(scope="module")
+def llm(directory: Path, model: torch.nn.Module):
+    with engine(directory, task="embed", skip_tokenizer_init=False) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def cross(tmp_path_factory: pytest.TempPathFactory):
+    """A cross-encoder: directory, transformers' model, engine."""
+    where = tmp_path_factory.mktemp("cross")
+    theirs = make(where, "Qwen2", "ForSequenceClassification", num_labels=1)
+    write_tokenizer(where)
+    with engine(where, task="score", skip_tokenizer_init=False) as made:
+        yield where, theirs, made
+
+
+def embedding(model: torch.nn.Module, prompt: list[int]) -> torch.Tensor:
+    return unit(hidden_of(model, prompt)[-1])
+
+
+# -- methods
+
+
+def test_encode__takes_every_form_of_prompt_and_keeps_the_order(llm: LLM, model: torch.nn.Module) -> None:
+    forms = ["w5 w6", {"prompt": "w7"}, {"prompt_token_ids": [8, 9]}, [10, 11, 12], {"prompt_token_ids": [13], "cache_salt": "x"}]
+    outputs = llm.encode(forms, **QUIET)
+    ids = [[1, 5, 6, 2], [1, 7, 2], [8, 9], [10, 11, 12], [13]]
+    assert [o.prompt_token_ids for o in outputs] == ids
+    numbers = [int(o.request_id) for o in outputs]
+    assert numbers == list(range(numbers[0], numbers[0] + 5))
+    assert all(o.finished and o.error is None and o.metrics.finished_time for o in outputs)
+    for output, prompt in zip(outputs, ids, strict=True):
+        assert output.outputs.data.dtype is torch.float32
+        close(output.outputs.data, embedding(model, prompt))
+    close(llm.encode([10, 11], **QUIET)[0].outputs.data, embedding(model, [10, 11]))
+
+
+def test_encode__the_older_overloads(llm: LLM, model: torch.nn.Module) -> None:
+    for arguments, keywords, ids in (((), {"prompt_token_ids": [5, 6]}, [[5, 6]]), ((None, None, [[5], [6, 7]]), {}, [[5], [6, 7]]),
+                                     (("w5",), {"prompt_token_ids": [9]}, [[1, 5, 2]])):
+        with pytest.warns(DeprecationWarning, match="prompt_token_ids is deprecated"):
+            outputs = llm.encode(*arguments, **keywords, **QUIET)
+        assert [o.prompt_token_ids for o in outputs] == ids
+    with pytest.raises(ValueError, match="Either prompts or prompt_token_ids must be provided"):
+        llm.encode()
+
+
+def test_embed__gives_lists_of_length_1(llm: LLM, model: torch.nn.Module) -> None:
+    outputs = llm.embed(PROMPTS, **QUIET)
+    close(vectors(outputs), torch.stack([embedding(model, p) for p in PROMPTS]))
+    assert isinstance(outputs[0].outputs.embedding, list)
+
+
+def test_classify__gives_a_probability_for_each_label(tmp_path: Path) -> None:
+    theirs = make(tmp_path, kind="ForSequenceClassification", num_labels=3)
+    write_tokenizer(tmp_path)
+    with engine(tmp_path, skip_tokenizer_init=False) as made, torch.no_grad():
+        outputs = made.classify(PROMPTS, **QUIET)
+        close([o.outputs.probs for o in outputs], torch.cat([theirs(torch.tensor([p])).logits.softmax(-1) for p in PROMPTS]))
+        with pytest.raises(RequestValidationError, match="needs a model with one label, this one has 3"):
+            made.score("w5", "w6")
+
+
+def test_reward__is_refused_in_engines_of_other_tasks(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="Reward API is only enabled.*task='embed'"):
+        llm.reward(PROMPTS)
+
+
+@pytest.mark.parametrize("truncate", [None, 7, -1])
+def test_score__of_a_cross_encoder_reads_both_texts_as_one_prompt(cross, truncate: int | None) -> None:
+    where, theirs, made = cross
+    tokenizer = AutoTokenizer.from_pretrained(where)
+    query, texts = "w10 w11 w12 w13", ["w20", "w30 w31 w32 w33 w34 w35", "w40 w41"]
+    cut = {} if truncate is None else {"truncation": "longest_first", "max_length": 256 if truncate == -1 else truncate}
+    ids = [tokenizer(query, t, **cut)["input_ids"] for t in texts]
+    with torch.no_grad():
+        wanted = [theirs(torch.tensor([i])).logits.sigmoid().item() for i in ids]
+    outputs = made.score(query, texts, truncate_prompt_tokens=truncate, **QUIET)
+    assert [o.prompt_token_ids for o in outputs] == ids
+    assert [o.outputs.score for o in outputs] == pytest.approx(wanted, abs=1e-5)
+    (one,) = made.score({"prompt_token_ids": [10, 11, 12, 13]}, {"prompt": texts[1]}, truncate_prompt_tokens=truncate, **QUIET)
+    assert one.outputs.score == pytest.approx(wanted[1], abs=1e-5)
+    assert [o.outputs.score for o in made.score([query] * 3, texts, truncate_prompt_tokens=truncate, **QUIET)] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_score__of_an_embedding_model_is_the_cosine(llm: LLM, model: torch.nn.Module) -> None:
+    outputs = llm.score("w10 w11", ["w20", "w30 w31"], **QUIET)
+    a, b = embedding(model, [1, 10, 11, 2]), embedding(model, [1, 30, 31, 2])
+    assert outputs[1].outputs.score == pytest.approx(float(a @ b), abs=1e-5)
+    assert outputs[1].prompt_token_ids == [1, 10, 11, 2, 0, 1, 30, 31, 2]
+    first, second = map(int, outputs[1].request_id.split("_"))
+    assert second == first + 2
+
+
+def test_score__of_what_does_not_fit(llm: LLM, cross) -> None:
+    _, _, crossed = cross
+    for made in (llm, crossed):
+        for first, second, message in ((["w5"] * 2, ["w6"] * 3, "Input lengths must be either 1:1, 1:N or N:N"),
+                                       (["w5"] * 2, "w6", "Input lengths must be either"), ([], "w6", "At least one text element"),
+                                       ("w5", [], "At least one text_pair element")):
+            with pytest.raises(RequestValidationError, match=message):
+                made.score(first, second)
+    with pytest.raises(RequestValidationError, match="leave no room beside the tokenizer's 3 special tokens"):
+        crossed.score("w5", "w6", truncate_prompt_tokens=3, **QUIET)
+    assert len(crossed.score("w5", "w6", **QUIET)) == 1
+
+
+# -- parameters
+
+
+def test_pooling_dimensions__cut_and_normalize(llm: LLM, model: torch.nn.Module) -> None:
+    close(llm.embed([PROMPTS[0]], pooling_params=PoolingParams(dimensions=16), **QUIET)[0].outputs.embedding, unit(hidden_of(model, PROMPTS[0])[-1][:16]))
+    for dimensions, message in ((17, "may be 16; got 17"), (0, "integer in"), (True, "integer in"), (float("nan"), "integer in")):
+        with pytest.raises(RequestValidationError, match=message):
+            llm.embed([PROMPTS[0]], pooling_params=PoolingParams(dimensions=dimensions), **QUIET)
+
+
+def test_pooling_dimensions__need_a_model_that_was_trained_for_them(tmp_path: Path) -> None:
+    make(tmp_path)
+    with engine(tmp_path, task="embed") as made, pytest.raises(RequestValidationError, match="not trained to be cut"):
+        made.embed([PROMPTS[0]], pooling_params=PoolingParams(dimensions=16), **QUIET)
+
+
+POOLER = '''
+from kvloom import hookimpl
+from kvloom.interfaces import Pooler
+KVLOOM_API = {"poolers": 0}
+class Weighted(Pooler):
+    """Rows by their position, as the request says; it breaks where a prompt begins with 13."""
+    def start(self, params, token_ids):
+        if token_ids[0] == 13:
+            raise RuntimeError("unlucky")
+        return (params.additional_data or {}).get("factor", 1), (params.extra_kwargs or {}).get("mine", {}).get("plus", 0), None
+    def update(self, state, hidden, first_position):
+        if 14 in hidden.shape:
+            raise RuntimeError("a chunk of 14")
+        factor, plus, total = state
+        rows = sum(hidden[i] * (first_position + i + 1) for i in range(len(hidden)))
+        return factor, plus, rows if total is None else total + rows
+    def finish(self, state):
+        factor, plus, total = state
+        return total * factor + plus
+@hookimpl
+def kvloom_register_poolers(registry):
+    registry.add("WEIGHTED", "acme_0:Weighted")
+'''
+
+
+def test_pooling_additional_data__reaches_the_pooler_of_a_plugin(install, directory: Path, model: torch.nn.Module) -> None:
+    install("acme", {"acme": POOLER})
+    config, prompt = PoolerConfig(pooling_type="weighted", normalize=False), PROMPTS[0]
+    hidden = hidden_of(model, prompt)
+    wanted = (hidden * torch.arange(1, len(prompt) + 1)[:, None]).sum(0)
+    for chunk in (0, 5):
+        with engine(directory, task="embed", override_pooler_config=config, long_prefill_token_threshold=chunk) as made:
+            (output,) = made.embed([prompt], pooling_params=PoolingParams(additional_data={"factor": 3}), **QUIET)
+            torch.testing.assert_close(torch.tensor(output.outputs.embedding), wanted * 3, atol=1e-2, rtol=1e-5)
+            before = free_blocks(made)
+            outputs = made.embed([[5], [13, 5], [6], [5] * 14 if not chunk else [7]], on_error="return", **QUIET)
+            assert ["unlucky" in str(o.error) for o in outputs] == [False, True, False, False]
+            assert "Weighted raised RuntimeError" in str(outputs[1].error)
+            assert outputs[1].outputs is None
+            assert ("a chunk of 14" in str(outputs[3].error)) == (not chunk)
+            assert free_blocks(made) == before
+            with pytest.raises(RequestValidationError, match="JSON"):
+                made.embed([[5]], pooling_params=PoolingParams(additional_data=object()), **QUIET)
+
+
+def test_pooling_extra_kwargs__reach_the_pooler_of_a_plugin(install, directory: Path, model: torch.nn.Module) -> None:
+    install("acme", {"acme": POOLER})
+    with engine(directory, task="embed", override_pooler_config={"pooling_type": "WEIGHTED", "normalize": False}) as made:
+        plain, plus = (made.embed([[5]], pooling_params=PoolingParams(extra_kwargs=k), **QUIET)[0].outputs.embedding for k in (None, {"mine": {"plus": 2}}))
+        close(torch.tensor(plus), torch.tensor(plain) + 2)
+    with pytest.raises(RequestValidationError, match="extra_kwargs must hold JSON data"):
+        PoolingParams(extra_kwargs={"mine": float("nan")})
+
+
+def test_pooling_use_activation__false_leaves_out_norm_and_probabilities(llm: LLM, model: torch.nn.Module) -> None:
+    close(llm.embed([PROMPTS[0]], pooling_params=PoolingParams(use_activation=False), **QUIET)[0].outputs.embedding, hidden_of(model, PROMPTS[0])[-1])
+    with pytest.raises(RequestValidationError, match="True or False"):
+        PoolingParams(use_activation=1)
+
+
+def test_pooling_truncate_prompt_tokens__cuts_texts_as_the_tokenizer_does(llm: LLM) -> None:
+    text = " ".join(f"w{i}" for i in range(10, 30))
+    assert llm.embed([text], truncate_prompt_tokens=5, **QUIET)[0].prompt_token_ids == [1, 10, 11, 12, 2]
+    assert llm.embed([[5, 6, 7]], truncate_prompt_tokens=2, **QUIET)[0].prompt_token_ids == [6, 7]
+    long = " ".join(["w10"] * 3000)
+    assert len(llm.embed([long], truncate_prompt_tokens=-1, **QUIET)[0].prompt_token_ids) == 256
+    assert len(llm.embed([[10] * 256], **QUIET)[0].prompt_token_ids) == 256
+    with pytest.raises(RequestValidationError, match="3002 tokens, which is longer than the maximum model length of 256"):
+        llm.embed([long], **QUIET)
+    for bad in (0, -2, True, 1.5):
+        with pytest.raises(RequestValidationError, match="truncate_prompt_tokens"):
+            llm.embed(["w5"], truncate_prompt_tokens=bad, **QUIET)
+    with pytest.raises(RequestValidationError, match="no room beside the tokenizer's 2"):
+        llm.embed(["w5"], truncate_prompt_tokens=2, **QUIET)
+
+
+def test_pooling_step_tag_id__belongs_to_step_pooling(llm: LLM) -> None:
+    with pytest.raises(RequestValidationError, match="belongs to pooling type STEP, this engine pools with LAST"):
+        llm.embed([PROMPTS[0]], pooling_params=PoolingParams(step_tag_id=3), **QUIET)
+
+
+def test_pooling_returned_token_ids__choose_labels(cross, llm: LLM) -> None:
+    _, _, made = cross
+    for engine_, columns, message in ((made, [1], "columns 0 to 0 of the label head, got 1"), (llm, [0], "this engine gives embeddings")):
+        with pytest.raises(RequestValidationError, match=message):
+            engine_.encode([PROMPTS[0]], PoolingParams(returned_token_ids=columns), **QUIET)
+    with pytest.raises(RequestValidationError, match="at least one column"):
+        PoolingParams(returned_token_ids=[])
+
+
+def test_pooling_task__must_be_one_that_the_engine_serves(llm: LLM) -> None:
+    assert llm.encode([PROMPTS[0]], PoolingParams(task="token_embed"), **QUIET)[0].outputs.data.ndim == 2
+    with pytest.raises(RequestValidationError, match="task='embed', whose requests may be for embed, token_embed; got 'classify'"):
+        llm.encode([PROMPTS[0]], PoolingParams(task="classify"), **QUIET)
+    with pytest.raises(RequestValidationError, match="got 'reward'"):
+        llm.encode([PROMPTS[0]], pooling_task="reward", **QUIET)
+    with pytest.raises(RequestValidationError, match="task must be one of"):
+        PoolingParams(task="sing")
+    with pytest.raises(RequestValidationError, match="contradicts the call"):
+        llm.embed([PROMPTS[0]], pooling_params=PoolingParams(task="token_embed"), **QUIET)
+
+
+def test_pooling_skip_reading_prefix_cache__computes_every_token(llm: LLM) -> None:
+    prompt = [(3 * i) % 90 + 5 for i in range(60)]
+    cached = [llm.embed([prompt], pooling_params=PoolingParams(skip_reading_prefix_cache=skip), **QUIET)[0].num_cached_tokens for skip in (None, None, True)]
+    assert cached == [0, 48, 0]
+
+
+# -- configuration
+
+
+def test_task__says_what_an_engine_is_for(directory: Path, model: torch.nn.Module) -> None:
+    with engine(directory) as made:
+        assert len(made.generate([PROMPTS[0]], SamplingParams(max_tokens=2), **QUIET)) == 1
+        for call in (made.encode, made.embed, made.classify, made.reward, lambda p: made.score("a", "b")):
+            with pytest.raises(RequestValidationError, match="only supported for pooling models.*Make an LLM with task='embed'"):
+                call([PROMPTS[0]])
+    for task in ("embed", "pooling"):
+        with engine(directory, task=task) as made:
+            for call in (made.generate, made.generate_iter, made.chat):
+                with pytest.raises(RequestValidationError, match="only supported for .conditional. generation models.*task='generate'"):
+                    call([PROMPTS[0]])
+            with pytest.raises(RequestValidationError, match="Classification API is only enabled"):
+                made.classify([PROMPTS[0]])
+    with pytest.warns(DeprecationWarning, match="use task='embed'"):
+        assert EngineConfig.from_kwargs(model="m", task="embedding").model.task == "embed"
+    with pytest.raises(ConfigError, match="does not support the 'classify' task. Supported tasks"):
+        engine(directory, task="classify")
+
+
+def test_runner__is_another_name_of_task() -> None:
+    for runner, task in (("auto", "auto"), ("generate", "generate"), ("pooling", "pooling")):
+        assert EngineConfig.from_kwargs(model="m", runner=runner).model.task == task
+    config = EngineConfig.from_kwargs(model="m", runner="pooling", convert="embed")
+    assert (config.model.task, config.notes) == ("embed", ("runner='pooling' and convert='embed' is called task='embed' here",))
+    with pytest.raises(UnsupportedFeatureError, match="runner='draft'"):
+        EngineConfig.from_kwargs(model="m", runner="draft")
+    with pytest.raises(ConfigError, match="mean the same"):
+        EngineConfig.from_kwargs(model="m", runner="pooling", task="embed")
+
+
+def test_convert__is_another_name_of_task() -> None:
+    for convert, task in (("auto", "auto"), ("none", "auto"), ("embed", "embed"), ("classify", "classify")):
+        assert EngineConfig.from_kwargs(model="m", convert=convert).model.task == task
+    with pytest.raises(ConfigError, match="contradicts"):
+        EngineConfig.from_kwargs(model="m", runner="generate", convert="embed")
+
+
+def test_override_pooler_config__is_a_pooler_config_or_a_dict(directory: Path, model: torch.nn.Module) -> None:
+    for config in (PoolerConfig(pooling_type="MEAN"), {"pooling_type": "MEAN"}):
+        with engine(directory, task="embed", override_pooler_config=config) as made:
+            close(made.embed([PROMPTS[0]], **QUIET)[0].outputs.embedding, unit(hidden_of(model, PROMPTS[0]).mean(0)))
+    with pytest.raises(ConfigError, match="override_pooler_config"):
+        engine(directory, task="embed", override_pooler_config={"pooling": "MEAN"})
+
+
+def test_pooler_pooling_type__must_be_registered(directory: Path, model: torch.nn.Module) -> None:
+    with pytest.raises(ConfigError, match="pooling_type='MAEN'.*did you mean 'MEAN'"):
+        engine(directory, task="embed", override_pooler_config=PoolerConfig(pooling_type="MAEN"))
+
+
+def test_pooler_normalize__false_keeps_the_length(directory: Path, model: torch.nn.Module) -> None:
+    with engine(directory, task="embed", override_pooler_config=PoolerConfig(normalize=False)) as made:
+        close(made.embed([PROMPTS[0]], **QUIET)[0].outputs.embedding, hidden_of(model, PROMPTS[0])[-1])
+
+
+def logits_of(cross, prompt: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return cross[1](torch.tensor([prompt])).logits[0]
+
+
+@pytest.mark.parametrize("name", ["softmax", "use_activation"])
+def test_pooler_softmax__false_gives_raw_scores(cross, name: str) -> None:
+    with engine(cross[0], override_pooler_config={name: False}) as made:
+        close(made.classify([PROMPTS[0]], **QUIET)[0].outputs.probs, logits_of(cross, PROMPTS[0]))
+
+
+def test_pooler_use_activation__may_not_contradict() -> None:
+    with pytest.raises(ValueError, match="contradicts normalize or softmax"):
+        PoolerConfig(use_activation=True, softmax=False)
+
+
+def test_pooler_step_tag_id__is_a_token_id(cross) -> None:
+    with engine(cross[0], override_pooler_config=PoolerConfig(pooling_type="STEP", step_tag_id=9, softmax=False)) as made:
+        (output,) = made.encode([[5, 9, 6]], **QUIET)
+        close(output.outputs.data[0], logits_of(cross, [5, 9]))
+    for bad in (-1, True, "x"):
+        with pytest.raises(ValueError, match="step_tag_id"):
+            PoolerConfig(step_tag_id=bad)
+
+
+def test_pooler_returned_token_ids__are_columns_of_the_label_head(tmp_path: Path) -> None:
+    theirs = make(tmp_path, kind="ForSequenceClassification", num_labels=3)
+    with engine(tmp_path, override_pooler_config=PoolerConfig(returned_token_ids=[2, 0])) as made, torch.no_grad():
+        close(made.classify([PROMPTS[0]], **QUIET)[0].outputs.probs, theirs(torch.tensor([PROMPTS[0]])).logits[0, [2, 0]].softmax(-1))
+    with pytest.raises(ConfigError, match="columns 0 to 2 of the label head, got 3"):
+        engine(tmp_path, override_pooler_config=PoolerConfig(returned_token_ids=[3]))
+
+
+# -- bad input
+
+
+def test_one_broken_request_of_eight_harms_nobody(llm: LLM) -> None:
+    alone = vectors(llm.embed(PROMPTS, **QUIET))
+    before = free_blocks(llm)
+    broken = [*PROMPTS[:3], [VOCAB], *PROMPTS[4:]]
+    with pytest.raises(RequestValidationError, match="out of vocabulary"):
+        llm.embed(broken, **QUIET)
+    outputs = llm.embed(broken, on_error="return", **QUIET)
+    assert "out of vocabulary" in str(outputs[3].error)
+    kept = [i for i in range(8) if i != 3]
+    close(vectors([outputs[i] for i in kept]), alone[kept])
+    assert free_blocks(llm) == before
+    assert len(llm.embed([PROMPTS[0]], **QUIET)) == 1
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda llm: llm.embed([]), "must pass at least one prompt"), (lambda llm: llm.encode([]), "must pass at least one prompt"),
+    (lambda llm: llm.encode([[1], [2]], [PoolingParams()]), "lengths of prompts and params must be the same"),
+    (lambda llm: llm.encode([[1]], [SamplingParams()]), "pooling_params must be PoolingParams"),
+    (lambda llm: llm.encode([[1]], PoolingParams(task="embed"), on_error="drop"), "on_error must be"),
+    (lambda llm: llm.embed([[1]], lora_request=object()), "lora_request"), (lambda llm: llm.embed([[]]), "cannot be empty"),
+    (lambda llm: llm.embed([[1]], priority=[1, 2]), "lengths of prompts and priority"),
+    (lambda llm: llm.embed(3), "prompts must be"), (lambda llm: llm.embed([{"text": "w5"}]), "no key"),
+])
+def test_bad_calls_say_what_is_wrong(llm: LLM, call, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(llm)
+    assert len(llm.embed([PROMPTS[0]], **QUIET)) == 1
+
+
+def test_the_callers_parameters_stay_as_they_are(llm: LLM) -> None:
+    params = PoolingParams(dimensions=16)
+    llm.embed(PROMPTS[:2], pooling_params=params, truncate_prompt_tokens=3, **QUIET)
+    assert params == PoolingParams(dimensions=16)
+
+
+def test_hidden_states_that_are_not_finite_fail_their_request_only(tmp_path: Path) -> None:
+    model = make(tmp_path)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[50] = float("nan")
+    model.save_pretrained(tmp_path)
+    with engine(tmp_path, task="embed") as made, warnings.catch_warnings():
+        outputs = made.embed([[5], [50], [6]], on_error="return", **QUIET)
+    assert ["not finite" in str(o.error) for o in outputs] == [False, True, False]
