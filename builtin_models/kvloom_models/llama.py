@@ -60,8 +60,8 @@ class LlamaMLP(nn.Module):
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """``[T, H] -> [T, H]``."""
-        inner = self.gate_up_proj.gated(x, self.act, ctx)  # [T, I / size]
-        y: Tensor = self.down_proj(inner, ctx)             # [T, H], summed over the ranks
+        inner: Tensor = self.gate_up_proj(x, ctx, self.act)  # [T, I / size]
+        y: Tensor = self.down_proj(inner, ctx)               # [T, H], summed over the ranks
         return y
 
     def module_map(self) -> dict[str, ModuleTarget]:

@@ -70,12 +70,18 @@ def can_pack(weight: Tensor) -> bool:
     return is_native(weight)
 
 
+@cache
+def packed_elements(shape: WeightShape, dtype: torch.dtype) -> int:
+    """Elements of a packed weight."""
+    count: int = library().kvloom_packed_elements(*shape[:2], dtype is torch.bfloat16, shape.is_gated)
+    return count
+
+
 def pack(weight: Tensor, shape: WeightShape) -> Tensor:
     """``weight [out, in]`` float32 or bfloat16, on the CPU -> its panels, one axis of the same dtype."""
     weight = weight.contiguous()
-    is_bf16 = weight.dtype is torch.bfloat16
-    packed = torch.empty(library().kvloom_packed_elements(*shape[:2], is_bf16, shape.is_gated), dtype=weight.dtype)
-    run("kvloom_pack", _Packing(pointer(weight), pointer(packed), *shape[:2], is_bf16, shape.is_gated, 0))
+    packed = torch.empty(packed_elements(shape, weight.dtype), dtype=weight.dtype)
+    run("kvloom_pack", _Packing(pointer(weight), pointer(packed), *shape[:2], weight.dtype is torch.bfloat16, shape.is_gated, 0))
     return packed
 
 
@@ -109,7 +115,12 @@ def product(x: Tensor, packed: Tensor, shape: WeightShape, bias: Tensor | None =
 
     Returns:
         ``[T, out]``, or ``[T, out / 2]`` of an activated gated product.
+
+    Raises:
+        ValueError: x or the weight is not what `shape` says.
     """
+    if x.shape[-1] != shape.in_features or x.dtype is not packed.dtype or packed.numel() != packed_elements(shape, packed.dtype):
+        raise ValueError(f"{tuple(x.shape)} {x.dtype} cannot be multiplied with {packed.numel()} packed {packed.dtype} of {shape}")
     if x.stride(-1) != 1:
         x = x.contiguous()
     width = shape.out_features // (2 if finish else 1)

@@ -198,3 +198,11 @@ def test_without_room_results_lie_elsewhere() -> None:
     assert large.shape == (1000,)
     assert arena.free_bytes < 256
     del small
+
+
+def test_what_does_not_fit_is_refused_before_memory_is_read() -> None:
+    shape, x = WeightShape(8, 4), torch.zeros(2, 4)
+    packed = pack(torch.zeros(8, 4), shape)
+    for wrong in ((torch.zeros(2, 5), packed), (x.bfloat16(), packed), (x, packed[:0])):
+        with pytest.raises(ValueError, match="cannot be multiplied"):
+            product(*wrong, shape)

@@ -5,7 +5,7 @@ those of the whole model, tensors that a forward returns have this rank's sizes.
 
     Linear        every rank has all of it                                       x [T, in]         -> [T, out]
     ColumnLinear  output features divided                                        x [T, in]         -> [T, out / size]
-    GateUpLinear  two of them side by side                                       x [T, in]         -> [T, 2 * out / size]
+    GateUpLinear  two of them side by side, maybe activated                      x [T, in]         -> [T, 2 * out / size]
     QKVLinear     three, by attention heads                                      x [T, in]         -> q, k, v [T, heads / size, D]
     RowLinear     input features divided; the results are summed over the ranks  x [T, in / size]  -> [T, out]
 """
@@ -129,14 +129,17 @@ class GateUpLinear(LinearLayer):
         shards = (("gate", features), ("up", features))
         super().__init__(build, LinearShape(prefix, in_features, shards, "out", build.comm.rank, build.comm.size), bias=bias)
 
-    def gated(self, x: Tensor, name: str, ctx: ForwardContext) -> Tensor:
-        """``activation(gate) * up``: ``[T, in] -> [T, features / size]``, in one step where the method can.
+    def forward(self, x: Tensor, ctx: ForwardContext, act: str | None = None) -> Tensor:
+        """``x [T, in]`` -> ``[T, 2 * features / size]``; with an activation ``act(gate) * up``, ``[T, features / size]``, in one step
+        where the method can.
 
         Args:
-            name: of the activation, as in config.json.
+            act: the activation's name in config.json.
         """
-        done = None if ctx.adapters is not None else self._method.apply_gated(self._weights, x, self._bias, name)
-        return gated(activation(name), self(x, ctx)) if done is None else done
+        if act is None:
+            return self.product(x, self._bias, ctx)
+        done = None if ctx.adapters is not None else self._method.apply_gated(self._weights, x, self._bias, act)
+        return gated(activation(act), self.product(x, self._bias, ctx)) if done is None else done
 
 
 class QKVLinear(LinearLayer):

@@ -51,6 +51,7 @@ template <class T> struct Keys {
     const T *keys, *values;
     int64_t stride;  // elements from one step of `keys` to the next
     int from, to;
+    const T *next_keys, *next_values;  // what will be read one round later: fetched line by line meanwhile; or null
 };
 
 // An item's rows: what they are, and the sums of one chunk.
@@ -67,11 +68,17 @@ template <class T, int R> inline void scores_of(const Rows<T>& w, int m, const K
     f32x16 even[R] = {}, odd[R] = {};  // two sums a row hide the latency of few rows
     const auto* q = w.q.data() + m * w.q_steps;
     int64_t i = 0;
-    for (; i + 1 < w.q_steps; i += 2)
+    const T* next = m == 0 ? k.next_keys : nullptr;
+    for (; i + 1 < w.q_steps; i += 2) {
+        if (next) {
+            __builtin_prefetch(next + i * k.stride);
+            __builtin_prefetch(next + (i + 1) * k.stride);
+        }
         for (int r = 0; r < R; r++) {
             Pairs<T>::multiply(even[r], q[r * w.q_steps + i], k.keys + i * k.stride);
             Pairs<T>::multiply(odd[r], q[r * w.q_steps + i + 1], k.keys + (i + 1) * k.stride);
         }
+    }
     if (i < w.q_steps)
         for (int r = 0; r < R; r++) Pairs<T>::multiply(even[r], q[r * w.q_steps + i], k.keys + i * k.stride);
     for (int r = 0; r < R; r++) scores[r] = even[r] + odd[r];
@@ -91,7 +98,7 @@ inline float as_factors(f32x16 p, uint32_t* out) {
 // out[column...] += factors times values, over one group; C vectors of the result at a time.
 template <class T, int R, int C>
 inline void add_values(const Attend& s, const typename Pairs<T>::Scalar (*factors)[LANES / Pairs<T>::SIDE], const Keys<T>& k, float* out,
-                       int64_t column) {
+                       int64_t column, bool fetches) {
     constexpr int SIDE = Pairs<T>::SIDE;
     int64_t width = row_width(s);
     f32x16 sums[R][C];
@@ -103,6 +110,7 @@ inline void add_values(const Attend& s, const typename Pairs<T>::Scalar (*factor
             int64_t at = column + c * LANES;
             alignas(64) T v[LANES * SIDE] = {};
             const T* values = k.values + (j * s.value_dim + at) * SIDE;
+            if (fetches) __builtin_prefetch(k.next_values + (j * s.value_dim + at) * SIDE);
             int count = s.value_dim - at < LANES ? int(s.value_dim - at) : LANES;
             if (is_cut || count < LANES) {
                 int keep = j * SIDE < k.from ? 1 : 0;
@@ -160,8 +168,9 @@ void one_round(const Attend& s, Rows<T>& w, int m, const Keys<T>* groups, int co
     float* out = w.out.data() + m * width;
     for (int g = 0; g < count; g++) {
         int64_t column = 0;
-        for (; column + 4 * LANES <= s.value_dim; column += 4 * LANES) add_values<T, R, 4>(s, factors[g], groups[g], out, column);
-        for (; column < s.value_dim; column += LANES) add_values<T, R, 1>(s, factors[g], groups[g], out, column);
+        bool fetches = m == 0 && groups[g].next_values;
+        for (; column + 4 * LANES <= s.value_dim; column += 4 * LANES) add_values<T, R, 4>(s, factors[g], groups[g], out, column, fetches);
+        for (; column < s.value_dim; column += LANES) add_values<T, R, 1>(s, factors[g], groups[g], out, column, fetches);
     }
 }
 
@@ -193,13 +202,17 @@ template <class T> struct Cache {
     const T* keys(int64_t block) const { return (const T*)s.k_cache + (table[block] * s.kv_heads + kv_head) * key_elements; }
     const T* values(int64_t block) const { return (const T*)s.v_cache + (table[block] * s.kv_heads + kv_head) * value_elements; }
 
-    // The group at `position`, a multiple of 16, of which [from, to) is read; the `place`-th of its round. Blocks before `end` follow.
+    // The group at `position`, a multiple of 16, of which [from, to) is read; the `place`-th of its round. Keys before `end` follow.
     Keys<T> group(int64_t position, int from, int to, int place, int64_t end) {
         if (!is_whole) return copied(position, from, to, copies.data() + place * group_elements);
-        int64_t block = position / s.block_tokens, offset = position % s.block_tokens;
-        if (offset == 0 && (block + 1) * s.block_tokens < end) fetch(block + 1);
-        return {keys(block) + offset * SIDE, values(block) + offset * s.value_dim, s.block_tokens * SIDE, from, to};
+        // The table jumps about: the hardware cannot guess what is read next.
+        bool follows = position + ROUND < end;
+        return {keys_at(position), values_at(position), s.block_tokens * SIDE, from, to,
+                follows ? keys_at(position + ROUND) : nullptr, follows ? values_at(position + ROUND) : nullptr};
     }
+
+    const T* keys_at(int64_t position) const { return keys(position / s.block_tokens) + position % s.block_tokens * SIDE; }
+    const T* values_at(int64_t position) const { return values(position / s.block_tokens) + position % s.block_tokens * s.value_dim; }
 
     Keys<T> copied(int64_t position, int from, int to, T* to_keys) const {
         T* to_values = to_keys + whole(s.dim, SIDE) * LANES;
@@ -212,12 +225,7 @@ template <class T> struct Cache {
                 to_values[(i / SIDE * s.value_dim + d) * SIDE + i % SIDE] =
                     values(block)[(offset / SIDE * s.value_dim + d) * SIDE + offset % SIDE];
         }
-        return {to_keys, to_values, LANES * SIDE, from, to};
-    }
-
-    void fetch(int64_t block) const {  // the table jumps about: the hardware cannot guess the next block
-        for (int64_t i = 0; i < key_elements; i += 64 / sizeof(T)) __builtin_prefetch(keys(block) + i);
-        for (int64_t i = 0; i < value_elements; i += 64 / sizeof(T)) __builtin_prefetch(values(block) + i);
+        return {to_keys, to_values, LANES * SIDE, from, to, nullptr, nullptr};
     }
 };
 
@@ -226,6 +234,7 @@ template <class T> void sum_chunk(const Attend& s, Rows<T>& w, Cache<T>& cache, 
     w.best.assign(w.count, NONE);
     w.total.assign(w.count, 0.0f);
     w.out.assign(w.count * row_width(s), 0.0f);
+    int64_t last = w.last[w.count - 1];
     begin = begin > w.first[0] ? begin : w.first[0];
     end = end < w.last[w.count - 1] ? end : w.last[w.count - 1];
     Keys<T> groups[GROUPS];
@@ -235,7 +244,7 @@ template <class T> void sum_chunk(const Attend& s, Rows<T>& w, Cache<T>& cache, 
         for (int64_t position = round; position < round + ROUND && position < end; position += LANES) {
             if (position + LANES <= begin) continue;
             int from = int(begin > position ? begin - position : 0), to = int(end - position < LANES ? end - position : LANES);
-            groups[count] = cache.group(position, from, to, count, end);
+            groups[count] = cache.group(position, from, to, count, last);
             positions[count++] = position;
         }
         all_rows<T>(s, w, groups, count, positions);
