@@ -24,14 +24,12 @@ class PlainLinear(LinearMethod):
 
     def __init__(self, shape: LinearShape, dtype: torch.dtype) -> None:
         self._dtype = dtype_name(dtype)
-        features = [shape.local_out_features(shard) for shard, _ in shape.shards]
-        is_gated = [shard for shard, _ in shape.shards] == ["gate", "up"]
-        self._packed = WeightShape(sum(features), shape.local_in_features, is_gated)
+        self._packed = WeightShape(sum(shape.local_out_features(shard) for shard, _ in shape.shards), shape.local_in_features)
 
     def post_load(self, shape: LinearShape, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `LinearMethod`."""
         weight = params["weight"]
-        return {"packed": pack(weight, self._packed)} if can_pack(weight) else params
+        return {"packed": pack(weight)} if can_pack(weight) else params
 
     def params(self, shape: LinearShape, shard: str | None) -> Mapping[str, ParamSpec]:
         """See `LinearMethod`."""
@@ -72,7 +70,7 @@ class PlainEmbedding(EmbeddingMethod):
         if not is_head or not can_pack(weight):
             return params
         self._packed = WeightShape(*weight.shape)
-        return {**params, "weight": pack(weight, self._packed)}
+        return {**params, "weight": pack(weight)}
 
     def params(self, rows: int, width: int) -> Mapping[str, ParamSpec]:
         """See `EmbeddingMethod`."""

@@ -30,13 +30,12 @@ class Finish(IntEnum):
 
 class _Product(ctypes.Structure):
     _fields_ = (*((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "out")),
-                *((name, ctypes.c_int64) for name in ("rows", "n", "k", "x_stride", "out_stride", "is_bf16", "is_gated", "finish",
-                                                      "is_widened")))
+                *((name, ctypes.c_int64) for name in ("rows", "n", "k", "x_stride", "out_stride", "is_bf16", "finish", "is_widened")))
 
 
 class _Packing(ctypes.Structure):
     _fields_ = (("weight", ctypes.c_void_p), ("packed", ctypes.c_void_p),
-                *((name, ctypes.c_int64) for name in ("n", "k", "is_bf16", "is_gated", "unpacks")))
+                *((name, ctypes.c_int64) for name in ("n", "k", "is_bf16", "unpacks")))
 
 
 class _Lookup(ctypes.Structure):
@@ -45,16 +44,10 @@ class _Lookup(ctypes.Structure):
 
 
 class WeightShape(NamedTuple):
-    """Of a packed weight.
-
-    Fields:
-        out_features, in_features: of the weight ``[out, in]``.
-        is_gated: its first half is the gate of its second.
-    """
+    """Of a packed weight ``[out, in]``."""
 
     out_features: int
     in_features: int
-    is_gated: bool = False
 
 
 @cache
@@ -73,22 +66,33 @@ def can_pack(weight: Tensor) -> bool:
 @cache
 def packed_elements(shape: WeightShape, dtype: torch.dtype) -> int:
     """Elements of a packed weight."""
-    count: int = library().kvloom_packed_elements(*shape[:2], dtype is torch.bfloat16, shape.is_gated)
+    count: int = library().kvloom_packed_elements(*shape, dtype is torch.bfloat16)
     return count
 
 
-def pack(weight: Tensor, shape: WeightShape) -> Tensor:
-    """``weight [out, in]`` float32 or bfloat16, on the CPU -> its panels, one axis of the same dtype."""
-    weight = weight.contiguous()
-    packed = torch.empty(packed_elements(shape, weight.dtype), dtype=weight.dtype)
-    run("kvloom_pack", _Packing(pointer(weight), pointer(packed), *shape[:2], weight.dtype is torch.bfloat16, shape.is_gated, 0))
+@cache
+def panel_features() -> int:
+    """Output features that a packed weight keeps together."""
+    count: int = library().kvloom_panel_features()
+    return count
+
+
+def pack(weight: Tensor) -> Tensor:
+    """``weight [out, in]`` float32 or bfloat16, on the CPU -> its panels, one axis of the same dtype.
+
+    Where it has whole panels they take its own memory, and the weight is no weight any more.
+    """
+    weight, shape = weight.contiguous(), WeightShape(*weight.shape)
+    count = packed_elements(shape, weight.dtype)
+    packed = weight.view(-1) if count == weight.numel() else torch.empty(count, dtype=weight.dtype)
+    run("kvloom_pack", _Packing(pointer(weight), pointer(packed), *shape, weight.dtype is torch.bfloat16, 0))
     return packed
 
 
 def unpack(packed: Tensor, shape: WeightShape) -> Tensor:
-    """The weight ``[out, in]`` again."""
-    weight = torch.empty(shape[:2], dtype=packed.dtype)
-    run("kvloom_pack", _Packing(pointer(weight), pointer(packed), *shape[:2], packed.dtype is torch.bfloat16, shape.is_gated, 1))
+    """The weight ``[out, in]`` again, in memory of its own."""
+    weight = torch.empty(shape, dtype=packed.dtype)
+    run("kvloom_pack", _Packing(pointer(weight), pointer(packed), *shape, packed.dtype is torch.bfloat16, 1))
     return weight
 
 
@@ -96,9 +100,13 @@ def product_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, fin
                       widened: bool = False) -> Tensor:
     """See `product`, with a weight that is not packed; sums in float32, rounded once."""
     out = linear_reference(x.float(), weight.float(), None if bias is None else bias.float())
+    return out if widened else _finished(out.to(x.dtype), finish)
+
+
+def _finished(out: Tensor, finish: Finish) -> Tensor:
     if finish is Finish.PLAIN:
-        return out if widened else out.to(x.dtype)
-    gate, up = out.to(x.dtype).chunk(2, dim=-1)
+        return out
+    gate, up = out.chunk(2, dim=-1)
     gate = silu(gate) if finish is Finish.SILU else gelu(gate, approximate="tanh" if finish is Finish.GELU_TANH else "none")
     return gate * up
 
@@ -110,7 +118,7 @@ def product(x: Tensor, packed: Tensor, shape: WeightShape, bias: Tensor | None =
     Args:
         x: of the weight's dtype; rows at any stride.
         bias: ``[out]`` of that dtype, or None.
-        finish: of a gated weight.
+        finish: of a weight whose first half is the gate of its second.
         widened: give float32, whatever x is; for a plain product.
 
     Returns:
@@ -123,10 +131,12 @@ def product(x: Tensor, packed: Tensor, shape: WeightShape, bias: Tensor | None =
         raise ValueError(f"{tuple(x.shape)} {x.dtype} cannot be multiplied with {packed.numel()} packed {packed.dtype} of {shape}")
     if x.stride(-1) != 1:
         x = x.contiguous()
+    if finish and shape.out_features // 2 % panel_features():  # the halves have no panels of their own
+        return _finished(product(x, packed, shape, bias), finish)
     width = shape.out_features // (2 if finish else 1)
     out = empty((x.shape[0], width), torch.float32 if widened else x.dtype)
-    run("kvloom_product", _Product(pointer(x), pointer(packed), pointer(bias), pointer(out), x.shape[0], *shape[:2], x.stride(0), width,
-                                   x.dtype is torch.bfloat16, shape.is_gated, finish, widened))
+    run("kvloom_product", _Product(pointer(x), pointer(packed), pointer(bias), pointer(out), x.shape[0], *shape, x.stride(0), width,
+                                   x.dtype is torch.bfloat16, finish, widened))
     return out
 
 
@@ -134,7 +144,7 @@ def lookup(token_ids: Tensor, table: Tensor, shape: WeightShape | None = None) -
     """Rows of a table: ``token_ids [T] int64 -> [T, in]``.
 
     Args:
-        table: ``[rows, in]``, or a packed weight that is not gated.
+        table: ``[rows, in]``, or a packed weight.
         shape: of a packed weight.
     """
     if not is_native(table):
