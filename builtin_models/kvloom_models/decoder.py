@@ -61,7 +61,8 @@ class CausalLM(nn.Module, Model):
         self.norm: RMSNorm | None = None
         self.lm_head: LMHead | None = None
         if self.is_first or (self.is_last and tied):
-            self.embed_tokens = Embedding(build, "model.embed_tokens", config.vocab_size, config.hidden_size)
+            self.embed_tokens = Embedding(build, "model.embed_tokens", config.vocab_size, config.hidden_size,
+                                          is_head=tied and self.is_last)
         self.rotary = Rotary(build, config.rope, config.head_dim, config.max_position_embeddings)
         self.layers = nn.ModuleList(self.layer_class(config, build, i) for i in self._stage)
         if self.is_last:

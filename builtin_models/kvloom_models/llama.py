@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from kvloom.interfaces.model import BuildContext, ForwardContext, ModuleTarget
-from kvloom.layers import Attention, GateUpLinear, QKVLinear, RMSNorm, Rotation, RowLinear, activation, gated
+from kvloom.layers import Attention, GateUpLinear, QKVLinear, RMSNorm, Rotation, RowLinear
 from kvloom_models.config import DecoderConfig
 from kvloom_models.decoder import CausalLM, DecoderLayer
 from kvloom_models.labels import SequenceClassifier
@@ -56,12 +56,12 @@ class LlamaMLP(nn.Module):
         self.prefix = prefix
         self.gate_up_proj = GateUpLinear(build, f"{prefix}.gate_proj", hidden, inner, bias=bias)
         self.down_proj = RowLinear(build, f"{prefix}.down_proj", inner, hidden, bias=bias)
-        self.act = activation(config.hidden_act)
+        self.act = config.hidden_act
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """``[T, H] -> [T, H]``."""
-        gate_up: Tensor = self.gate_up_proj(x, ctx)               # [T, 2 * I / size]
-        y: Tensor = self.down_proj(gated(self.act, gate_up), ctx)  # [T, H], summed over the ranks
+        inner: Tensor = self.gate_up_proj(x, ctx, self.act)  # [T, I / size]
+        y: Tensor = self.down_proj(inner, ctx)               # [T, H], summed over the ranks
         return y
 
     def module_map(self) -> dict[str, ModuleTarget]:

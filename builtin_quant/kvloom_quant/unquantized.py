@@ -12,14 +12,24 @@ from torch.nn import functional
 from kvloom.errors import ConfigError
 from kvloom.interfaces.quant import EmbeddingMethod, LinearMethod, LinearShape, ParamSpec, QuantMethod
 from kvloom.layers.base import dtype_name
-from kvloom_kernels.linear import linear
+from kvloom_kernels.linear import Finish, WeightShape, can_pack, lookup, pack, product, unpack
+
+FINISHES = {"silu": Finish.SILU, "swish": Finish.SILU, "gelu": Finish.GELU, "gelu_pytorch_tanh": Finish.GELU_TANH,
+            "gelu_new": Finish.GELU_TANH}
+"""Activations that the product does itself, by their config.json names."""
 
 
 class PlainLinear(LinearMethod):
-    """``weight [out, in]`` in the model's dtype."""
+    """``weight [out, in]`` in the model's dtype; on a CPU with kernels packed once it is loaded."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, shape: LinearShape, dtype: torch.dtype) -> None:
         self._dtype = dtype_name(dtype)
+        self._packed = WeightShape(sum(shape.local_out_features(shard) for shard, _ in shape.shards), shape.local_in_features)
+
+    def post_load(self, shape: LinearShape, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `LinearMethod`."""
+        weight = params["weight"]
+        return {"packed": pack(weight)} if can_pack(weight) else params
 
     def params(self, shape: LinearShape, shard: str | None) -> Mapping[str, ParamSpec]:
         """See `LinearMethod`."""
@@ -27,11 +37,19 @@ class PlainLinear(LinearMethod):
 
     def apply(self, params: Mapping[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
         """See `LinearMethod`."""
-        return linear(x, params["weight"], bias)
+        if "packed" in params:
+            return product(x, params["packed"], self._packed, bias)
+        return functional.linear(x, params["weight"], bias)
+
+    def apply_gated(self, params: Mapping[str, Tensor], x: Tensor, bias: Tensor | None, activation: str) -> Tensor | None:
+        """See `LinearMethod`."""
+        if "packed" not in params or activation not in FINISHES:
+            return None
+        return product(x, params["packed"], self._packed, bias, FINISHES[activation])
 
     def dequantize(self, params: Mapping[str, Tensor]) -> Tensor:
         """See `LinearMethod`: the weight itself."""
-        return params["weight"]
+        return unpack(params["packed"], self._packed) if "packed" in params else params["weight"]
 
     @staticmethod
     def dequantize_reference(tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> Tensor:
@@ -40,10 +58,19 @@ class PlainLinear(LinearMethod):
 
 
 class PlainEmbedding(EmbeddingMethod):
-    """``weight [V, H]`` in the model's dtype."""
+    """``weight [V, H]`` in the model's dtype; that of an output head is packed, on a CPU with kernels, and rows are read from there."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype_name(dtype)
+        self._packed: WeightShape | None = None
+
+    def post_load(self, params: dict[str, Tensor], *, is_head: bool) -> dict[str, Tensor]:
+        """See `EmbeddingMethod`."""
+        weight = params["weight"]
+        if not is_head or not can_pack(weight):
+            return params
+        self._packed = WeightShape(*weight.shape)
+        return {**params, "weight": pack(weight)}
 
     def params(self, rows: int, width: int) -> Mapping[str, ParamSpec]:
         """See `EmbeddingMethod`."""
@@ -51,11 +78,13 @@ class PlainEmbedding(EmbeddingMethod):
 
     def lookup(self, params: Mapping[str, Tensor], token_ids: Tensor) -> Tensor:
         """See `EmbeddingMethod`."""
-        return functional.embedding(token_ids, params["weight"])
+        return lookup(token_ids, params["weight"], self._packed)
 
     def logits(self, params: Mapping[str, Tensor], hidden: Tensor, bias: Tensor | None) -> Tensor:
         """See `EmbeddingMethod`."""
-        return linear(hidden, params["weight"], bias)
+        if self._packed is None:
+            return functional.linear(hidden, params["weight"], bias)
+        return product(hidden, params["weight"], self._packed, bias, widened=True)
 
 
 class Unquantized(QuantMethod):
@@ -73,7 +102,7 @@ class Unquantized(QuantMethod):
 
     def for_linear(self, shape: LinearShape, dtype: torch.dtype) -> LinearMethod:
         """See `QuantMethod`."""
-        return PlainLinear(dtype)
+        return PlainLinear(shape, dtype)
 
     def for_embedding(self, prefix: str, dtype: torch.dtype) -> EmbeddingMethod:
         """See `QuantMethod`."""

@@ -1,12 +1,14 @@
 """Attention over a paged KV cache: the plain reference, a C++ kernel, and a torch version for rows of one query token.
 
-Caches are ``k [N, Hk, B, D]`` (the C++ kernel: ``[N, Hk, D, B]``) and ``v [N, Hk, B, Dv]``: N blocks of B tokens. Block-table
+Caches are ``k [N, Hk, B, D]`` and ``v [N, Hk, B, Dv]``: N blocks of B tokens. Those of the C++ kernel are ``k [N, Hk, D / S, B, S]``
+and ``v [N, Hk, B / S, Dv, S]``, where S is 2 for bfloat16 and 1 for float32, and what is beyond D or B is padding. Block-table
 entries outside a row's context or window may name blocks of others; they are masked after they are read and their values are
 cleared, so not even NaN gets through.
 """
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,30 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvloom_kernels.call import pointer
-from kvloom_kernels.native import library
+from kvloom_kernels.plan import run
+
+WORKSPACE_BYTES = 8 * 2**20
+"""Of `paged_attention`: enough to share 64 items of 16 query heads and 32k tokens among threads."""
+
+
+class _Attend(ctypes.Structure):
+    _fields_ = (*((name, ctypes.c_void_p) for name in ("q", "k_cache", "v_cache", "tables", "query_starts", "contexts", "sinks", "out",
+                                                       "workspace")),
+                *((name, ctypes.c_int64) for name in ("workspace_bytes", "q_stride", "table_stride", "rows", "heads", "kv_heads", "dim",
+                                                      "value_dim", "block_tokens", "window", "causal", "is_bf16")),
+                ("scale", ctypes.c_float), ("soft_cap", ctypes.c_float))
+
+
+class _Heads(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("norm", ctypes.c_void_p), ("stride", ctypes.c_int64), ("count", ctypes.c_int64))
+
+
+class _Write(ctypes.Structure):
+    _fields_ = (("q", _Heads), ("k", _Heads),
+                *((name, ctypes.c_void_p) for name in ("v", "table", "positions", "slots", "k_cache", "v_cache")),
+                *((name, ctypes.c_int64) for name in ("v_stride", "tokens", "dim", "value_dim", "rotary_dim", "block_tokens",
+                                                      "is_bf16")),
+                ("eps", ctypes.c_float))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,39 +107,55 @@ def paged_attention_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, block
     return out
 
 
+def cache_shapes(kv_heads: int, dim: int, value_dim: int, block_tokens: int, dtype: torch.dtype) -> tuple[tuple[int, ...], ...]:
+    """Shapes of keys and values of one block, as the C++ kernel keeps them."""
+    side = side_elements(dtype)
+    return (kv_heads, -(-dim // side), block_tokens, side), (kv_heads, -(-block_tokens // side), value_dim, side)
+
+
+def side_elements(dtype: torch.dtype) -> int:
+    """Elements that the C++ kernel multiplies in one 32-bit lane."""
+    return 2 if dtype is torch.bfloat16 else 1
+
+
 def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, query_starts: Tensor, context_tokens: Tensor,
-                    scores: Scores, out: Tensor, sinks: Tensor | None = None) -> Tensor:
-    """All rows in one call of the C++ kernel, in float32 inside.
+                    scores: Scores, block_tokens: int, workspace: Tensor, out: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """All rows in one call of the C++ kernel. A query's result does not depend on the other rows.
 
     Args:
         q: ``[T, Hq, D]`` float32 or bfloat16, as the caches; heads side by side, tokens at any stride.
-        k_cache: ``[N, Hk, D, B]``: 16 keys are read at a time.
+        k_cache, v_cache: see `cache_shapes`, with a leading block axis.
         block_table, query_starts, context_tokens: int32, see `paged_attention_reference`.
+        workspace: `WORKSPACE_BYTES`, zero at first, of nobody else.
         out: ``[T, Hq, Dv]``, filled and returned.
+        sinks: ``[Hq]`` float32, or None.
     """
-    sinks = None if sinks is None else sinks.float().contiguous()
-    library().kvloom_attend(
-        pointer(q), q.stride(0), pointer(k_cache), pointer(v_cache), pointer(block_table), block_table.stride(0),
-        pointer(query_starts), pointer(context_tokens), block_table.shape[0], q.shape[1], k_cache.shape[1], q.shape[2],
-        v_cache.shape[3], v_cache.shape[2], scores.window_tokens or 0, scores.scale, scores.soft_cap or 0.0, scores.causal,
-        pointer(sinks), pointer(out), q.dtype is torch.bfloat16, torch.get_num_threads())
+    run("kvloom_attend", _Attend(
+        pointer(q), pointer(k_cache), pointer(v_cache), pointer(block_table), pointer(query_starts), pointer(context_tokens),
+        pointer(sinks), pointer(out), pointer(workspace), workspace.numel(), q.stride(0), block_table.stride(0), block_table.shape[0],
+        q.shape[1], k_cache.shape[1], q.shape[2], v_cache.shape[3], block_tokens, scores.window_tokens or 0, scores.causal,
+        q.dtype is torch.bfloat16, scores.scale, scores.soft_cap or 0.0))
     return out
 
 
-def norm_rope_write(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, table: Tensor,
-                    positions: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> None:
+def norm_rope_write(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, block_tokens: int,
+                    rotation: tuple[Tensor, Tensor] | None = None, norms: tuple[Tensor, Tensor] | None = None,
+                    eps: float = 0.0) -> None:
     """Per-head norms, rotation in place on q and k, and writing k and v to their slots, in one call of the C++ kernel.
 
     Args:
         q, k, v: ``[T, heads, D]`` each, heads side by side, tokens at any stride.
+        k_cache, v_cache: see `cache_shapes`.
         slots: ``[T]`` int64.
-        table, positions: see `kvloom.layers.Rotation`.
-        q_norm, k_norm: ``[D]`` weights, or None.
+        rotation: table ``[max_model_len, Dr]`` float32 and positions ``[T]`` int64, see `kvloom.layers.Rotation`; None: no rotation.
+        norms: ``[D]`` weights for q and k; None: no norms.
     """
-    library().kvloom_norm_rope_write(
-        pointer(q), q.stride(0), q.shape[1], pointer(k), k.stride(0), pointer(v), v.stride(0), k.shape[1], q.shape[0], q.shape[2],
-        v.shape[2], pointer(table), pointer(positions), table.shape[1], pointer(q_norm), pointer(k_norm), eps, pointer(k_cache),
-        pointer(v_cache), pointer(slots), v_cache.shape[2], q.dtype is torch.bfloat16, torch.get_num_threads())
+    table, positions = (slots, slots) if rotation is None else rotation
+    q_norm, k_norm = norms or (None, None)
+    run("kvloom_norm_rope_write", _Write(
+        _Heads(pointer(q), pointer(q_norm), q.stride(0), q.shape[1]), _Heads(pointer(k), pointer(k_norm), k.stride(0), k.shape[1]),
+        pointer(v), pointer(table), pointer(positions), pointer(slots), pointer(k_cache), pointer(v_cache), v.stride(0), q.shape[0],
+        q.shape[2], v.shape[2], 0 if rotation is None else table.shape[1], block_tokens, q.dtype is torch.bfloat16, eps))
 
 
 def paged_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, mask: Tensor, scores: Scores) -> Tensor:

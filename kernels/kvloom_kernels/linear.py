@@ -1,47 +1,156 @@
-"""Matrix product of a linear layer: ``x [T, in] @ weight [out, in].T + bias``."""
+"""Matrix products of linear layers, ``x [T, in] @ weight [out, in].T + bias``, over weights that were packed once for this CPU."""
 
 from __future__ import annotations
 
+import ctypes
+from enum import IntEnum
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding as lookup_reference
+from torch.nn.functional import gelu, silu
 from torch.nn.functional import linear as linear_reference
 
-from kvloom_kernels.call import pointer
+from kvloom_kernels.call import is_native, pointer
 from kvloom_kernels.native import library, problem
+from kvloom_kernels.plan import run
+from kvloom_kernels.scratch import empty
 
-WIDEN_FROM_ROWS = 5
-"""Rows from which bfloat16 is widened on a CPU without native bfloat16 products. Measured on 2 cores with AVX2, 3072 x 576,
-microseconds as (torch bfloat16, widened): 1 row 315 / 682, 4 rows 944 / 2284 (first use), 16 rows 4276 / 3143, 64 rows
-15403 / 5227, 256 rows 71555 / 11277."""
+
+class Finish(IntEnum):
+    """What becomes of a gated product before it is stored: nothing, or ``f(gate) * up``. Numbers as in product.cpp."""
+
+    PLAIN = 0
+    SILU = 1
+    GELU = 2
+    GELU_TANH = 3
+
+
+class _Product(ctypes.Structure):
+    _fields_ = (*((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "out")),
+                *((name, ctypes.c_int64) for name in ("rows", "n", "k", "x_stride", "out_stride", "is_bf16", "finish", "is_widened")))
+
+
+class _Packing(ctypes.Structure):
+    _fields_ = (("weight", ctypes.c_void_p), ("packed", ctypes.c_void_p),
+                *((name, ctypes.c_int64) for name in ("n", "k", "is_bf16", "unpacks")))
+
+
+class _Lookup(ctypes.Structure):
+    _fields_ = (*((name, ctypes.c_void_p) for name in ("ids", "table", "out")),
+                *((name, ctypes.c_int64) for name in ("count", "k", "is_bf16", "is_packed")))
+
+
+class WeightShape(NamedTuple):
+    """Of a packed weight ``[out, in]``."""
+
+    out_features: int
+    in_features: int
 
 
 @cache
 def product_kind() -> str:
-    """How bfloat16 is multiplied on this CPU: "native" (our kernel), "torch" (torch has the instructions), "widened" (to float32)."""
-    if problem() is None and library().kvloom_has_linear():
-        return "native"
-    return "torch" if torch.cpu._is_avx512_bf16_supported() else "widened"
+    """How bfloat16 is multiplied on this CPU: "native" (its instructions), "widened" (to float32), "torch" (there are no kernels)."""
+    if problem() is not None:
+        return "torch"
+    return "native" if library().kvloom_has_native_bf16() else "widened"
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Product in x's dtype. Shapes: ``[T, in]``, ``[out, in]``, ``[out]`` -> ``[T, out]``; all of one floating dtype.
+def can_pack(weight: Tensor) -> bool:
+    """Whether `pack` takes a weight."""
+    return is_native(weight)
 
-    Sums are taken in float32 and rounded once. Where the CPU does not multiply bfloat16 natively, larger products run in float32.
+
+@cache
+def packed_elements(shape: WeightShape, dtype: torch.dtype) -> int:
+    """Elements of a packed weight."""
+    count: int = library().kvloom_packed_elements(*shape, dtype is torch.bfloat16)
+    return count
+
+
+@cache
+def panel_features() -> int:
+    """Output features that a packed weight keeps together."""
+    count: int = library().kvloom_panel_features()
+    return count
+
+
+def pack(weight: Tensor) -> Tensor:
+    """``weight [out, in]`` float32 or bfloat16, on the CPU -> its panels, one axis of the same dtype.
+
+    Where it has whole panels they take its own memory, and the weight is no weight any more.
     """
-    if x.dtype is not torch.bfloat16 or x.device.type != "cpu":
-        return linear_reference(x, weight, bias)
-    kind = product_kind()
-    if kind == "native" and x.shape[1] % 2 == 0 and weight.is_contiguous():
-        return _native(x.contiguous(), weight, bias)
-    if kind == "widened" and x.shape[0] >= WIDEN_FROM_ROWS:
-        return linear_reference(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
-    return linear_reference(x, weight, bias)
+    weight, shape = weight.contiguous(), WeightShape(*weight.shape)
+    count = packed_elements(shape, weight.dtype)
+    packed = weight.view(-1) if count == weight.numel() else torch.empty(count, dtype=weight.dtype)
+    run("kvloom_pack", _Packing(pointer(weight), pointer(packed), *shape, weight.dtype is torch.bfloat16, 0))
+    return packed
 
 
-def _native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out = x.new_empty((x.shape[0], weight.shape[0]))
-    library().kvloom_linear(pointer(x), pointer(weight), pointer(bias), pointer(out), x.shape[0], weight.shape[0], x.shape[1],
-                            torch.get_num_threads())
+def unpack(packed: Tensor, shape: WeightShape) -> Tensor:
+    """The weight ``[out, in]`` again, in memory of its own."""
+    weight = torch.empty(shape, dtype=packed.dtype)
+    run("kvloom_pack", _Packing(pointer(weight), pointer(packed), *shape, packed.dtype is torch.bfloat16, 1))
+    return weight
+
+
+def product_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, finish: Finish = Finish.PLAIN, *,
+                      widened: bool = False) -> Tensor:
+    """See `product`, with a weight that is not packed; sums in float32, rounded once."""
+    out = linear_reference(x.float(), weight.float(), None if bias is None else bias.float())
+    return out if widened else _finished(out.to(x.dtype), finish)
+
+
+def _finished(out: Tensor, finish: Finish) -> Tensor:
+    if finish is Finish.PLAIN:
+        return out
+    gate, up = out.chunk(2, dim=-1)
+    gate = silu(gate) if finish is Finish.SILU else gelu(gate, approximate="tanh" if finish is Finish.GELU_TANH else "none")
+    return gate * up
+
+
+def product(x: Tensor, packed: Tensor, shape: WeightShape, bias: Tensor | None = None, finish: Finish = Finish.PLAIN, *,
+            widened: bool = False) -> Tensor:
+    """``x [T, in]`` times a packed weight, in x's dtype. A row's result does not depend on the other rows.
+
+    Args:
+        x: of the weight's dtype; rows at any stride.
+        bias: ``[out]`` of that dtype, or None.
+        finish: of a weight whose first half is the gate of its second.
+        widened: give float32, whatever x is; for a plain product.
+
+    Returns:
+        ``[T, out]``, or ``[T, out / 2]`` of an activated gated product.
+
+    Raises:
+        ValueError: x or the weight is not what `shape` says.
+    """
+    if x.shape[-1] != shape.in_features or x.dtype is not packed.dtype or packed.numel() != packed_elements(shape, packed.dtype):
+        raise ValueError(f"{tuple(x.shape)} {x.dtype} cannot be multiplied with {packed.numel()} packed {packed.dtype} of {shape}")
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    if finish and shape.out_features // 2 % panel_features():  # the halves have no panels of their own
+        return _finished(product(x, packed, shape, bias), finish)
+    width = shape.out_features // (2 if finish else 1)
+    out = empty((x.shape[0], width), torch.float32 if widened else x.dtype)
+    run("kvloom_product", _Product(pointer(x), pointer(packed), pointer(bias), pointer(out), x.shape[0], *shape, x.stride(0), width,
+                                   x.dtype is torch.bfloat16, finish, widened))
+    return out
+
+
+def lookup(token_ids: Tensor, table: Tensor, shape: WeightShape | None = None) -> Tensor:
+    """Rows of a table: ``token_ids [T] int64 -> [T, in]``.
+
+    Args:
+        table: ``[rows, in]``, or a packed weight.
+        shape: of a packed weight.
+    """
+    if not is_native(table):
+        return lookup_reference(token_ids, table)
+    width = table.shape[1] if shape is None else shape.in_features
+    out = empty((token_ids.shape[0], width), table.dtype)
+    run("kvloom_lookup", _Lookup(pointer(token_ids.contiguous()), pointer(table), pointer(out), token_ids.shape[0], width,
+                                 table.dtype is torch.bfloat16, shape is not None))
     return out

@@ -23,20 +23,19 @@ COMPILE_TIMEOUT_S = 120
 
 _P, _I, _F, _B = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 SIGNATURES = {
+    "kvloom_run": (_P, _I, _B),
+    "kvloom_packed_elements": (_I, _I, _B),
+    "kvloom_panel_features": (),
+    "kvloom_has_native_bf16": (),
     "kvloom_apply_bitmask": (_P, _I, _P, _P, _I, _I, _B, _B),
-    "kvloom_attend": (_P, _I, _P, _P, _P, _I, _P, _P, _I, _I, _I, _I, _I, _I, _I, _F, _F, _B, _P, _P, _B, _B),
     "kvloom_attend_tokens": (_P, _I, _P, _I, _P, _I, _P, _I, _I, _I, _I, _I, _I, _F, _F, _B, _P, _B, _B),
-    "kvloom_has_linear": (),
-    "kvloom_linear": (_P, _P, _P, _P, _I, _I, _I, _B),
     "kvloom_top_p": (_P, _P, _I, _I, _B),
     "kvloom_best": (_P, _P, _P, _I, _I, _B),
     "kvloom_draw": (_P, _P, _P, _P, _I, _I, _B),
     "kvloom_token_logprobs": (_P, _I, _P, _I, _P, _P, _P, _I, _I, _B, _B),
-    "kvloom_rms_norm": (_P, _P, _P, _P, _P, _I, _I, _F, _B, _B),
-    "kvloom_silu_mul": (_P, _P, _I, _I, _B, _B),
-    "kvloom_norm_rope_write": (_P, _I, _I, _P, _I, _P, _I, _I, _I, _I, _I, _P, _P, _I, _P, _P, _F, _P, _P, _P, _I, _B, _B),
 }
-"""Argument types of each function, as its C++ file declares them; those called "has" return 0 or 1, the others nothing."""
+"""Argument types of the functions that are called as such, as their C++ files declare them. Kernels of a step are not, see plan.py."""
+RESULTS = {"kvloom_has_native_bf16": _B, "kvloom_packed_elements": _I, "kvloom_panel_features": _B}
 
 
 class NativeUnavailableError(Exception):
@@ -50,7 +49,7 @@ def _load() -> ctypes.CDLL | NativeUnavailableError:
         for name, types in SIGNATURES.items():
             function = getattr(loaded, name)
             function.argtypes = types
-            function.restype = _B if "_has_" in name else None
+            function.restype = RESULTS.get(name)
         return loaded
     except NativeUnavailableError as error:
         return error

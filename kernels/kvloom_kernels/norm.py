@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from kvloom_kernels.call import is_native, pointer
-from kvloom_kernels.native import library
+from kvloom_kernels.plan import run
+from kvloom_kernels.scratch import empty
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = (*((name, ctypes.c_void_p) for name in ("x", "residual", "weight", "stream", "out")),
+                *((name, ctypes.c_int64) for name in ("rows", "width", "is_bf16")), ("eps", ctypes.c_float))
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -20,7 +28,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `rms_norm_reference`."""
     if not (x.is_contiguous() and is_native(x, weight)):
         return rms_norm_reference(x, weight, eps)
-    out = torch.empty_like(x)
+    out = empty(x.shape, x.dtype)
     _call(x, None, weight, None, out, eps)
     return out
 
@@ -30,12 +38,12 @@ def rms_norm_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     if not (x.is_contiguous() and residual.is_contiguous() and is_native(x, residual, weight)):
         stream = residual + x
         return rms_norm_reference(stream, weight, eps), stream
-    out, stream = torch.empty_like(x), torch.empty_like(x)
+    out, stream = empty(x.shape, x.dtype), empty(x.shape, x.dtype)
     _call(x, residual, weight, stream, out, eps)
     return out, stream
 
 
 def _call(x: Tensor, residual: Tensor | None, weight: Tensor, stream: Tensor | None, out: Tensor, eps: float) -> None:
     width = x.shape[-1]
-    library().kvloom_rms_norm(pointer(x), pointer(residual), pointer(weight), pointer(stream), pointer(out), x.numel() // width, width,
-                              eps, x.dtype is torch.bfloat16, torch.get_num_threads())
+    run("kvloom_rms_norm", _Arguments(pointer(x), pointer(residual), pointer(weight), pointer(stream), pointer(out), x.numel() // width,
+                                      width, x.dtype is torch.bfloat16, eps))

@@ -9,8 +9,7 @@ from kvloom.interfaces.model_config import RopeParameters
 from kvloom.layers.rope_scaling import rope_frequencies
 from kvloom.layers.rotary import Rotation, rotate
 from kvloom_kernels.activation import silu_mul, silu_mul_reference
-from kvloom_kernels.attention import norm_rope_write
-from kvloom_kernels.linear import linear, linear_reference, product_kind
+from kvloom_kernels.attention import cache_shapes, norm_rope_write, side_elements
 from kvloom_kernels.native import problem
 from kvloom_kernels.norm import rms_norm, rms_norm_add, rms_norm_reference
 
@@ -62,53 +61,16 @@ def test_norm_rotation_and_writing(dtype: torch.dtype, tolerance: float, dim: in
     cos, sin = table[positions].to(dtype)[:, None].chunk(2, dim=-1)
     rotation = Rotation(table, positions, torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
     expected_q, expected_k = (rotate(x if n is None else rms_norm_reference(x, n, 1e-6), rotation) for x, n in zip((q, k), norms, strict=True))
-    k_cache = torch.zeros(blocks_there, kv_heads, dim, block_tokens, dtype=dtype)
-    v_cache = torch.zeros(blocks_there, kv_heads, block_tokens, value_dim, dtype=dtype)
+    side = side_elements(dtype)
+    shapes = cache_shapes(kv_heads, dim, value_dim, block_tokens, dtype)
+    caches = [torch.zeros(blocks_there, *shape, dtype=dtype) for shape in shapes]
     kept_v = v.clone()
-    norm_rope_write(q, k, v, k_cache, v_cache, slots, table, positions, *norms, 1e-6)
+    norm_rope_write(q, k, v, *caches, slots, block_tokens, (table, positions), norms if normed else None, 1e-6)
+    k_cache = caches[0].transpose(2, 3).reshape(blocks_there, kv_heads, block_tokens, -1)[..., :dim]  # [N, Hk, B, D]
+    v_cache = caches[1].transpose(3, 4).reshape(blocks_there, kv_heads, -1, value_dim)[:, :, :block_tokens]
+    assert shapes[1] == (kv_heads, -(-block_tokens // side), value_dim, side)
     torch.testing.assert_close(q, expected_q, atol=tolerance, rtol=tolerance)
     blocks, offsets = slots // block_tokens, slots % block_tokens
-    torch.testing.assert_close(k_cache[blocks, :, :, offsets], expected_k, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(k_cache[blocks, :, offsets], expected_k, atol=tolerance, rtol=tolerance)
     assert torch.equal(v_cache[blocks, :, offsets], kept_v)
     assert int((v_cache != 0).any(-1).any(1).sum()) == tokens, "nothing else was written"
-
-
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 12, 13, 25, 64, 100])
-@pytest.mark.parametrize(("out_features", "in_features"), [(1, 2), (31, 34), (32, 64), (33, 62), (100, 576), (200, 128)])
-@pytest.mark.parametrize("biased", [False, True])
-def test_bfloat16_product(rows: int, out_features: int, in_features: int, biased: bool) -> None:
-    if product_kind() != "native":
-        pytest.skip("this CPU has no bfloat16 products of its own, so torch's are used")
-    x, weight = random(rows, in_features, dtype=torch.bfloat16), random(out_features, in_features, dtype=torch.bfloat16, seed=1)
-    bias = random(out_features, dtype=torch.bfloat16, seed=2) if biased else None
-    expected = linear_reference(x.double(), weight.double(), None if bias is None else bias.double())
-    # One rounding to 8 bits, after a sum in float32.
-    torch.testing.assert_close(linear(x, weight, bias).double(), expected, rtol=2**-8, atol=1e-3)
-
-
-@pytest.mark.parametrize("kind", ["widened", "torch"])
-@pytest.mark.parametrize("rows", [1, 40])
-def test_bfloat16_products_without_our_kernel(monkeypatch: pytest.MonkeyPatch, kind: str, rows: int) -> None:
-    monkeypatch.setattr("kvloom_kernels.linear.product_kind", lambda: kind)
-    x, weight, bias = random(rows, 64, dtype=torch.bfloat16), random(24, 64, dtype=torch.bfloat16, seed=1), random(24, dtype=torch.bfloat16)
-    expected = linear_reference(x.double(), weight.double(), bias.double())
-    torch.testing.assert_close(linear(x, weight, bias).double(), expected, rtol=2**-7, atol=0.1)
-
-
-@pytest.mark.parametrize("rows", [3, 40])
-def test_products_of_other_shapes_and_dtypes_are_torchs(rows: int) -> None:
-    x, weight = random(rows, 33), random(8, 33, seed=1)
-    assert torch.equal(linear(x, weight), linear_reference(x, weight))
-    odd = linear(x.bfloat16(), weight.bfloat16())  # 33 elements do not pair up
-    torch.testing.assert_close(odd.float(), linear_reference(x.bfloat16().float(), weight.bfloat16().float()), rtol=2**-7, atol=1e-2)
-    strided = random(rows, 64, dtype=torch.bfloat16)[:, ::2]
-    torch.testing.assert_close(linear(strided, weight.bfloat16()[:, :32].contiguous()).float(),
-                               linear_reference(strided.float(), weight.bfloat16()[:, :32].float()), rtol=2**-7, atol=1e-2)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_product_with_broken_numbers_shows_them(value: float) -> None:
-    x, weight = random(9, 32, dtype=torch.bfloat16), random(40, 32, dtype=torch.bfloat16, seed=1)
-    x[4, 7] = value
-    assert not torch.isfinite(linear(x, weight)[4]).any()
-    assert torch.isfinite(linear(x, weight)[[0, 1, 2, 3, 5, 6, 7, 8]]).all()

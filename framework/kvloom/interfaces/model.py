@@ -180,7 +180,8 @@ class Model(ABC):
 
     @abstractmethod
     def logits(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
-        """``hidden [R, H]`` of the rows to sample -> ``[R, V]`` over the whole vocabulary (gathered if it is sharded)."""
+        """``hidden [R, H]`` of the rows to sample -> ``[R, V]`` over the whole vocabulary (gathered if it is sharded), in the
+        model's dtype or in float32."""
 
     def classify(self, pooled: Tensor, ctx: ForwardContext) -> Tensor:
         """Pooled rows ``[R, H]``, in the model's dtype -> ``[R, labels]``: the label head, without an activation.

@@ -86,7 +86,7 @@ class LinearShape:
 
 
 class LinearMethod(ABC):
-    """Product of one linear layer. Stateless: the layer owns the tensors and passes them in."""
+    """Product of one linear layer, for which it was made. The layer owns the tensors and passes them in."""
 
     @abstractmethod
     def params(self, shape: LinearShape, shard: str | None) -> Mapping[str, ParamSpec]:
@@ -103,6 +103,13 @@ class LinearMethod(ABC):
     def apply(self, params: Mapping[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
         """``x [T, in] -> [T, out]`` in x's dtype; `in` and `out` of this rank, shards side by side."""
 
+    def apply_gated(self, params: Mapping[str, Tensor], x: Tensor, bias: Tensor | None, activation: str) -> Tensor | None:
+        """Of a layer whose shards are a gate and what it is multiplied with: ``activation(gate) * up``, ``[T, in] -> [T, out / 2]``.
+
+        None, as here, where the method does not do both at once, or not with this activation: the layer then does it in two steps.
+        """
+        return None
+
     @abstractmethod
     def dequantize(self, params: Mapping[str, Tensor]) -> Tensor:
         """The weight ``[out, in]`` that `apply` multiplies with, in floating point, from the `post_load` tensors."""
@@ -114,11 +121,15 @@ class LinearMethod(ABC):
 
 
 class EmbeddingMethod(ABC):
-    """Lookup of one embedding table; also the product of a tied or untied output head."""
+    """Lookup of one embedding table; also the product of a tied or untied output head. Made for one layer."""
 
     @abstractmethod
     def params(self, rows: int, width: int) -> Mapping[str, ParamSpec]:
         """Suffix -> spec; ``out_axis`` is the vocabulary."""
+
+    def post_load(self, params: dict[str, Tensor], *, is_head: bool) -> dict[str, Tensor]:
+        """As `LinearMethod.post_load`. `is_head`: `logits` will be called, maybe beside `lookup`."""
+        return params
 
     @abstractmethod
     def lookup(self, params: Mapping[str, Tensor], token_ids: Tensor) -> Tensor:
@@ -126,7 +137,7 @@ class EmbeddingMethod(ABC):
 
     @abstractmethod
     def logits(self, params: Mapping[str, Tensor], hidden: Tensor, bias: Tensor | None) -> Tensor:
-        """``[R, width] -> [R, rows]``."""
+        """``[R, width] -> [R, rows]``, in hidden's dtype or in float32."""
 
 
 class ExpertsMethod(ABC):

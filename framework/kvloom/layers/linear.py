@@ -5,7 +5,7 @@ those of the whole model, tensors that a forward returns have this rank's sizes.
 
     Linear        every rank has all of it                                       x [T, in]         -> [T, out]
     ColumnLinear  output features divided                                        x [T, in]         -> [T, out / size]
-    GateUpLinear  two of them side by side                                       x [T, in]         -> [T, 2 * out / size]
+    GateUpLinear  two of them side by side, maybe activated                      x [T, in]         -> [T, 2 * out / size]
     QKVLinear     three, by attention heads                                      x [T, in]         -> q, k, v [T, heads / size, D]
     RowLinear     input features divided; the results are summed over the ranks  x [T, in / size]  -> [T, out]
 """
@@ -21,6 +21,7 @@ from torch import Tensor
 from kvloom.errors import ConfigError, PluginError
 from kvloom.interfaces.model import BuildContext, ForwardContext
 from kvloom.interfaces.quant import LinearShape, ParamSpec
+from kvloom.layers.activation import activation, gated
 from kvloom.layers.base import LoadableModule, dtype_name
 from kvloom.layers.params import in_span, out_spans
 
@@ -127,6 +128,18 @@ class GateUpLinear(LinearLayer):
     def __init__(self, build: BuildContext, prefix: str, in_features: int, features: int, *, bias: bool = False) -> None:
         shards = (("gate", features), ("up", features))
         super().__init__(build, LinearShape(prefix, in_features, shards, "out", build.comm.rank, build.comm.size), bias=bias)
+
+    def forward(self, x: Tensor, ctx: ForwardContext, act: str | None = None) -> Tensor:
+        """``x [T, in]`` -> ``[T, 2 * features / size]``; with an activation ``act(gate) * up``, ``[T, features / size]``, in one step
+        where the method can.
+
+        Args:
+            act: the activation's name in config.json.
+        """
+        if act is None:
+            return self.product(x, self._bias, ctx)
+        done = None if ctx.adapters is not None else self._method.apply_gated(self._weights, x, self._bias, act)
+        return gated(activation(act), self.product(x, self._bias, ctx)) if done is None else done
 
 
 class QKVLinear(LinearLayer):

@@ -125,3 +125,11 @@ inline f32x16 exponential(f32x16 x) {
     std::memcpy(&scale, &power, sizeof scale);
     return y * scale;
 }
+
+// x / (1 + e^-x).
+inline f32x16 silu(f32x16 x) {
+    f32x16 negative = -x;
+    f32x16 power = exponential(negative > 88.0f ? splat(88.0f) : negative);
+    power = negative > 88.0f ? splat(__builtin_inff()) : power;
+    return x / (1.0f + power);
+}

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvloom.interfaces import AttentionBatch, AttentionSpec, LayerCache, TensorShape
-from kvloom_kernels.attention import norm_rope_write, paged_attention
+from kvloom_kernels.attention import WORKSPACE_BYTES, cache_shapes, norm_rope_write, paged_attention
 from kvloom_kernels.native import problem
 from kvloom_kernels.token_attention import token_attention
 from kvloom_plugins.attention.paged import PagedAttention, PagedMeta
 
 
 class CpuAttention(PagedAttention):
-    """Keys are ``[N, Hk, D, B]`` here: the kernel reads 16 keys at a time, one element of each."""
+    """Keys and values lie as the kernel multiplies them, see `cache_shapes`."""
+
+    graph_support = True
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        super().__init__(spec)
+        self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8)
 
     @classmethod
     def supports(cls, spec: AttentionSpec) -> str | None:
@@ -23,9 +30,9 @@ class CpuAttention(PagedAttention):
 
     def state_shapes(self) -> tuple[TensorShape, ...]:
         """See `AttentionBackend.state_shapes`."""
-        keys, values = super().state_shapes()
-        heads, block_tokens, dim = keys.shape
-        return TensorShape((heads, dim, block_tokens), keys.dtype), values
+        s = self.spec
+        shapes = cache_shapes(s.num_kv_heads, s.head_dim, s.value_dim, s.block_tokens, getattr(torch, s.cache_dtype))
+        return tuple(TensorShape(shape, s.cache_dtype) for shape in shapes)
 
     def prepare(self, batch: AttentionBatch, out: Any = None) -> PagedMeta:
         """See `AttentionBackend.prepare`."""
@@ -34,16 +41,17 @@ class CpuAttention(PagedAttention):
 
     def write(self, k: Tensor, v: Tensor, cache: LayerCache, meta: PagedMeta) -> None:
         """See `AttentionBackend.write`."""
-        keys, values = cache.tensors
-        keys[meta.block, :, :, meta.offset] = k
-        values[meta.block, :, meta.offset] = v
+        k, v = _heads_together(k), _heads_together(v)
+        k_cache, v_cache = cache.tensors
+        norm_rope_write(k[:, :0], k, v, k_cache, v_cache, meta.batch.slots, self.spec.block_tokens)
 
     def attend(self, q: Tensor, cache: LayerCache, meta: PagedMeta, out: Tensor, sinks: Tensor | None = None) -> Tensor:
         """See `AttentionBackend.attend`."""
         batch = meta.batch
         k_cache, v_cache = cache.tensors
         return paged_attention(_heads_together(q), k_cache, v_cache, batch.block_table, batch.query_starts, batch.context_tokens,
-                               self.scores, out, sinks)
+                               self.scores, self.spec.block_tokens, self._workspace, out,
+                               None if sinks is None else sinks.float().contiguous())
 
     def attend_tokens(self, q: Tensor, k: Tensor, v: Tensor, meta: PagedMeta, out: Tensor) -> Tensor:
         """See `AttentionBackend.attend_tokens`."""
@@ -54,8 +62,9 @@ class CpuAttention(PagedAttention):
         """See `AttentionBackend.norm_rope_write`."""
         if not all(_is_together(x) for x in (q, k, v)):
             return False
+        norms = None if q_norm is None or k_norm is None else (q_norm, k_norm)
         k_cache, v_cache = cache.tensors
-        norm_rope_write(q, k, v, k_cache, v_cache, meta.batch.slots, cos_sin, positions, q_norm, k_norm, eps)
+        norm_rope_write(q, k, v, k_cache, v_cache, meta.batch.slots, self.spec.block_tokens, (cos_sin, positions), norms, eps)
         return True
 
 

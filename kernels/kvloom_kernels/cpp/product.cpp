@@ -1,0 +1,283 @@
+// Matrix products of linear layers over packed weights, for any number of rows.
+//
+// A weight [N, K] is kept as panels of PANEL output features, so that every load of a product is one whole vector, read in the order in
+// which it lies. bfloat16: [N / PANEL][K / 2][PANEL][2], two neighbours in K side by side, which is what AVX-512's bfloat16 product takes;
+// float32: [N / PANEL][K][PANEL]. What is beyond N or K is 0. A panel takes the memory of its rows, so most weights are packed where
+// they lie. Two panels are multiplied at a time. Each result is a sum over K in one order, whatever the number of rows, so a row's result
+// does not depend on its neighbours.
+//
+// A "gated" product multiplies with two halves of a weight's features, the gate and what it is multiplied with, and activates the gate.
+#include "common.h"
+#include "team.h"
+#include <cmath>
+#include <vector>
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int PANEL = 16, TILE_ROWS = 12;  // 12 x 2 accumulators, 2 of the weight and 1 of x in 32 registers
+typedef f32x16 vec;
+typedef u32x16 uvec;
+#else
+constexpr int PANEL = 8, TILE_ROWS = 6;  // 6 x 2 accumulators, 2 of the weight and 1 of x in 16 registers of AVX2
+typedef float vec __attribute__((vector_size(32)));
+typedef uint32_t uvec __attribute__((vector_size(32)));
+#endif
+constexpr int STREAMED_ROWS = 4;    // up to here the weight is read faster than it is multiplied: fetch it in advance
+constexpr int AHEAD_BYTES = 2048;
+constexpr int64_t PAIRS_AT_ONCE = 2;  // of panels
+
+template <class V, class P> inline V read(const P* p) {
+    V out;
+    std::memcpy(&out, p, sizeof out);
+    return out;
+}
+inline vec as_float(uvec bits) { return read<vec>(&bits); }
+
+// Elements of K that lie side by side, and steps of such.
+template <class T> constexpr int SIDE = sizeof(T) == 2 ? 2 : 1;
+template <class T> inline int64_t steps(int64_t k) { return (k + SIDE<T> - 1) / SIDE<T>; }
+template <class T> inline int64_t panel_elements(int64_t k) { return steps<T>(k) * SIDE<T> * PANEL; }
+
+template <int R> inline void put(float* out, const vec* low, const vec* high) {
+    for (int r = 0; r < R; r++) {
+        std::memcpy(out + 2 * r * PANEL, &low[r], sizeof low[r]);
+        std::memcpy(out + (2 * r + 1) * PANEL, &high[r], sizeof high[r]);
+    }
+}
+
+inline void fetch(const void* from) { __builtin_prefetch((const char*)from + AHEAD_BYTES); }
+
+template <int R> inline void tile_of(const float* x, int64_t x_stride, int64_t k, const float* first, const float* second, float* out) {
+    vec low[R] = {}, high[R] = {};
+    for (int64_t i = 0; i < k; i++) {
+        if (R <= STREAMED_ROWS) {
+            fetch(first + i * PANEL);
+            fetch(second + i * PANEL);
+        }
+        vec a = read<vec>(first + i * PANEL), b = read<vec>(second + i * PANEL);
+        for (int r = 0; r < R; r++) {
+            low[r] += x[r * x_stride + i] * a;
+            high[r] += x[r * x_stride + i] * b;
+        }
+    }
+    put<R>(out, low, high);
+}
+
+// Two neighbours in K of a row of x; the one beyond K is 0.
+inline uint32_t pair(const bf16* x, int64_t step, int64_t k) {
+    if (2 * step + 1 < k) return read<uint32_t>(x + 2 * step);
+    return x[2 * step].bits;
+}
+
+#ifdef __AVX512BF16__
+template <int R> inline void multiply(vec* low, vec* high, const bf16* x, int64_t x_stride, int64_t step, int64_t k, bool is_last,
+                                      const bf16* first, const bf16* second) {
+    __m512bh a = (__m512bh)_mm512_loadu_si512(first), b = (__m512bh)_mm512_loadu_si512(second);
+    for (int r = 0; r < R; r++) {
+        uint32_t bits = is_last ? pair(x + r * x_stride, step, k) : read<uint32_t>(x + r * x_stride + 2 * step);
+        __m512bh v = (__m512bh)_mm512_set1_epi32(int(bits));
+        low[r] = (vec)_mm512_dpbf16_ps((__m512)low[r], a, v);
+        high[r] = (vec)_mm512_dpbf16_ps((__m512)high[r], b, v);
+    }
+}
+#else
+template <int R> inline void multiply(vec* low, vec* high, const bf16* x, int64_t x_stride, int64_t step, int64_t k, bool is_last,
+                                      const bf16* first, const bf16* second) {
+    uvec a = read<uvec>(first), b = read<uvec>(second);
+    vec a_even = as_float(a << 16), a_odd = as_float(a & 0xffff0000u), b_even = as_float(b << 16), b_odd = as_float(b & 0xffff0000u);
+    for (int r = 0; r < R; r++) {
+        uint32_t bits = is_last ? pair(x + r * x_stride, step, k) : read<uint32_t>(x + r * x_stride + 2 * step);
+        uint32_t even_bits = bits << 16, odd_bits = bits & 0xffff0000u;
+        float even = read<float>(&even_bits), odd = read<float>(&odd_bits);
+        low[r] = low[r] + even * a_even + odd * a_odd;
+        high[r] = high[r] + even * b_even + odd * b_odd;
+    }
+}
+#endif
+
+template <int R> inline void tile_of(const bf16* x, int64_t x_stride, int64_t k, const bf16* first, const bf16* second, float* out) {
+    vec low[R] = {}, high[R] = {};
+    int64_t last = steps<bf16>(k) - 1, step = 2 * PANEL;
+    for (int64_t i = 0; i < last; i++) {
+        if (R <= STREAMED_ROWS) {
+            fetch(first + i * step);
+            fetch(second + i * step);
+        }
+        multiply<R>(low, high, x, x_stride, i, k, false, first + i * step, second + i * step);
+    }
+    multiply<R>(low, high, x, x_stride, last, k, true, first + last * step, second + last * step);
+    put<R>(out, low, high);
+}
+
+// out[r] = x[r] times two panels: [R][2][PANEL].
+template <class T, int R> void tile(const T* x, int64_t x_stride, int64_t k, const T* first, const T* second, float* out) {
+    tile_of<R>(x, x_stride, k, first, second, out);
+}
+
+template <class T> using Tile = void (*)(const T*, int64_t, int64_t, const T*, const T*, float*);
+template <class T> inline Tile<T> tile_for(int64_t rows) {
+    static constexpr Tile<T> TILES[] = {nullptr, tile<T, 1>, tile<T, 2>, tile<T, 3>, tile<T, 4>, tile<T, 5>, tile<T, 6>
+#ifdef __AVX512F__
+                                        , tile<T, 7>, tile<T, 8>, tile<T, 9>, tile<T, 10>, tile<T, 11>, tile<T, 12>
+#endif
+    };
+    return TILES[rows];
+}
+
+enum Finish : int64_t { PLAIN = 0, SILU = 1, GELU = 2, GELU_TANH = 3 };
+
+inline f32x16 activated(f32x16 x, int64_t finish) {
+    if (finish == SILU) return silu(x);
+    for (int i = 0; i < LANES; i++)
+        x[i] = finish == GELU ? 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.70710678f))
+                              : 0.5f * x[i] * (1.0f + std::tanh(0.79788456f * (x[i] + 0.044715f * x[i] * x[i] * x[i])));
+    return x;
+}
+
+struct Product {
+    const void *x, *weight, *bias;
+    void* out;
+    int64_t rows, n, k, x_stride, out_stride, is_bf16, finish, is_widened;  // the last: float32 results of bfloat16
+};
+
+template <class T> inline void add_bias(float* sums, const T* bias, int64_t count) {
+    for (int64_t i = 0; i < count; i++) sums[i] += load1<T>(bias + i);
+}
+
+template <class T> inline void put_n(T* out, const float* sums, int64_t count) {
+    for (int64_t i = 0; i < count; i += LANES) store_n<T>(out + i, load_n<float>(sums + i, int(count - i)), int(count - i));
+}
+
+// The features at a panel.
+inline int64_t count_at(int64_t first, int64_t n) { return n - first < PANEL ? n - first : PANEL; }
+
+template <class T, class O> inline void store_panel(const Product& p, O* out, float* sums, int64_t first) {
+    if (first >= p.n) return;
+    if (p.bias) add_bias<T>(sums, (const T*)p.bias + first, count_at(first, p.n));
+    put_n<O>(out + first, sums, count_at(first, p.n));
+}
+
+// One row of a gated product: `sums` are of PANEL features of the gate, and of those that it is multiplied with.
+template <class T, class O> inline void store_gated(const Product& p, O* out, float* sums, int64_t first) {
+    int64_t width = p.n / 2, count = count_at(first, width);
+    if (p.bias) {
+        add_bias<T>(sums, (const T*)p.bias + first, count);
+        add_bias<T>(sums + PANEL, (const T*)p.bias + width + first, count);
+    }
+    f32x16 gate = rounded<T>(load_n<float>(sums, PANEL)), up = rounded<T>(load_n<float>(sums + PANEL, PANEL));
+    store_n<O>(out + first, rounded<T>(activated(gate, p.finish)) * up, int(count));
+}
+
+template <class T, class O> void product(const Product& p, const Team& team) {
+    // Pairs of panels: neighbours, or the same place of either half.
+    int64_t panels = (p.n + PANEL - 1) / PANEL, elements = panel_elements<T>(p.k), tiles = (p.rows + TILE_ROWS - 1) / TILE_ROWS;
+    int64_t pairs = p.finish ? (p.n / 2 + PANEL - 1) / PANEL : (panels + 1) / 2;
+    alignas(64) float sums[TILE_ROWS * 2 * PANEL];
+    for (int64_t begin; (begin = team.take(PAIRS_AT_ONCE)) < pairs;)
+        for (int64_t pair = begin; pair < begin + PAIRS_AT_ONCE && pair < pairs; pair++) {
+            int64_t one = p.finish ? pair : 2 * pair, other = p.finish ? panels / 2 + pair : 2 * pair + 1;
+            const T *first = (const T*)p.weight + one * elements, *second = (const T*)p.weight + other * elements;
+            if (other >= panels) second = first;  // its sums are not stored
+            for (int64_t t = 0; t < tiles; t++) {  // spread evenly: 64 rows are 6 tiles of 10 or 11, not 5 of 12 and one of 4
+                int64_t row = p.rows * t / tiles, count = p.rows * (t + 1) / tiles - row;
+                tile_for<T>(count)((const T*)p.x + row * p.x_stride, p.x_stride, p.k, first, second, sums);
+                for (int64_t r = 0; r < count; r++) {
+                    O* out = (O*)p.out + (row + r) * p.out_stride;
+                    if (p.finish) {
+                        store_gated<T, O>(p, out, sums + 2 * r * PANEL, one * PANEL);
+                    } else {
+                        store_panel<T, O>(p, out, sums + 2 * r * PANEL, one * PANEL);
+                        store_panel<T, O>(p, out, sums + (2 * r + 1) * PANEL, other * PANEL);
+                    }
+                }
+            }
+        }
+}
+
+struct Packing {
+    const void* weight;
+    void* packed;  // may be the same memory, where n is whole panels and k whole steps
+    int64_t n, k, is_bf16, unpacks;
+};
+
+template <class T> void pack(const Packing& p, const Team& team) {
+    int64_t panels = (p.n + PANEL - 1) / PANEL, elements = panel_elements<T>(p.k), side = SIDE<T>;
+    std::vector<T> copy(elements);
+    for (int64_t panel = team.first(panels); panel < team.last(panels); panel++) {
+        T *packed = (T*)p.packed + panel * elements, *plain = (T*)p.weight + panel * PANEL * p.k;
+        int64_t rows = count_at(panel * PANEL, p.n);
+        if (p.unpacks)
+            std::memcpy((void*)copy.data(), packed, elements * sizeof(T));
+        else
+            std::memset((void*)copy.data(), 0, elements * sizeof(T));
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t j = 0; j < p.k; j++) {
+                T& place = copy[(j / side * PANEL + i) * side + j % side];
+                if (p.unpacks)
+                    plain[i * p.k + j] = place;
+                else
+                    place = plain[i * p.k + j];
+            }
+        if (!p.unpacks) std::memcpy((void*)packed, copy.data(), elements * sizeof(T));
+    }
+}
+
+struct Lookup {
+    const int64_t* ids;
+    const void* table;
+    void* out;
+    int64_t count, k, is_bf16, is_packed;
+};
+
+template <class T> void lookup(const Lookup& l, const Team& team) {
+    int64_t side = SIDE<T>;
+    for (int64_t i = team.first(l.count); i < team.last(l.count); i++) {
+        T* to = (T*)l.out + i * l.k;
+        if (!l.is_packed) {
+            std::memcpy((void*)to, (const T*)l.table + l.ids[i] * l.k, l.k * sizeof(T));
+            continue;
+        }
+        const T* from = (const T*)l.table + l.ids[i] / PANEL * panel_elements<T>(l.k) + l.ids[i] % PANEL * side;
+        for (int64_t j = 0; j < l.k; j++) to[j] = from[j / side * PANEL * side + j % side];
+    }
+}
+
+}  // namespace
+
+// x [rows, k] times a packed weight of n features, bias [n] or null -> out [rows, n]; with a `finish` the product is gated, n / 2 whole
+// panels, and out [rows, n / 2].
+extern "C" void kvloom_product(const void* arguments, const Team& team) {
+    const Product& p = *(const Product*)arguments;
+    if (!p.is_bf16) return product<float, float>(p, team);
+    p.is_widened ? product<bf16, float>(p, team) : product<bf16, bf16>(p, team);
+}
+
+// weight [n, k] -> panels, or back.
+extern "C" void kvloom_pack(const void* arguments, const Team& team) {
+    const Packing& p = *(const Packing*)arguments;
+    p.is_bf16 ? pack<bf16>(p, team) : pack<float>(p, team);
+}
+
+// Rows `ids` [count] of a weight, packed or as it was -> out [count, k].
+extern "C" void kvloom_lookup(const void* arguments, const Team& team) {
+    const Lookup& l = *(const Lookup*)arguments;
+    l.is_bf16 ? lookup<bf16>(l, team) : lookup<float>(l, team);
+}
+
+// Elements that a packed weight takes.
+extern "C" int64_t kvloom_packed_elements(int64_t n, int64_t k, int is_bf16) {
+    return (n + PANEL - 1) / PANEL * (is_bf16 ? panel_elements<bf16>(k) : panel_elements<float>(k));
+}
+
+// Features of a panel: a gated product needs halves of whole panels.
+extern "C" int kvloom_panel_features() { return PANEL; }
+
+// 1 when bfloat16 is multiplied natively.
+extern "C" int kvloom_has_native_bf16() {
+#ifdef __AVX512BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}
