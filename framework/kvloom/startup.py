@@ -43,12 +43,7 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
     Raises:
         ConfigError, ModelError, PluginError: see `kvloom.errors`.
     """
-    for note in config.notes:
-        get_logger().info("configuration", note=note)
-    if "swap_space" in config.origins:
-        warning = config.cache.swap_space_note(host_memory().total_bytes)
-        if warning is not None:
-            get_logger().warning("configuration", note=warning)
+    _log_notes(config)
     with timer.phase("plugins"):
         plugins = load_config_plugins(config)
     with timer.phase("import torch"):
@@ -98,6 +93,16 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
     start.log(running.model_name)
     running.announce()
     return running
+
+
+def _log_notes(config: EngineConfig) -> None:
+    """What is to be said about the configuration. Raises `ConfigError` when this host is too small for it."""
+    for note in config.notes:
+        get_logger().info("configuration", note=note)
+    if "swap_space" in config.origins:
+        warning = config.cache.swap_space_note(host_memory().total_bytes)
+        if warning is not None:
+            get_logger().warning("configuration", note=warning)
 
 
 def _grammars(config: EngineConfig, plugins: PluginSet, source: ModelSource,
