@@ -39,7 +39,7 @@ class _Heads(ctypes.Structure):
 class _Write(ctypes.Structure):
     _fields_ = (("q", _Heads), ("k", _Heads),
                 *((name, ctypes.c_void_p) for name in ("v", "table", "positions", "slots", "k_cache", "v_cache")),
-                *((name, ctypes.c_int64) for name in ("v_stride", "tokens", "dim", "value_dim", "rotary_dim", "block_tokens",
+                *((name, ctypes.c_int64) for name in ("v_stride", "rows", "dim", "value_dim", "rotary_dim", "block_tokens",
                                                       "is_bf16")),
                 ("eps", ctypes.c_float))
 

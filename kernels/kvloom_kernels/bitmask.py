@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvloom_kernels.call import is_native, pointer
-from kvloom_kernels.native import library
+from kvloom_kernels.plan import unrecorded
 
 WORD_BITS = 32
 
@@ -35,7 +35,7 @@ def apply_bitmask(logits: Tensor, masks: Tensor, rows: Tensor) -> None:
         return
     _check(logits, masks, rows)
     masks, rows = masks.contiguous(), rows.contiguous()
-    library().kvloom_apply_bitmask(pointer(logits), logits.stride(0), pointer(masks), pointer(rows), rows.shape[0], logits.shape[1],
+    unrecorded("kvloom_apply_bitmask")(pointer(logits), logits.stride(0), pointer(masks), pointer(rows), rows.shape[0], logits.shape[1],
                                    logits.dtype is torch.bfloat16, torch.get_num_threads())
 
 

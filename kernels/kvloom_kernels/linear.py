@@ -13,6 +13,7 @@ from torch.nn.functional import embedding as lookup_reference
 from torch.nn.functional import gelu, silu
 from torch.nn.functional import linear as linear_reference
 
+from kvloom_kernels.activation import silu_mul
 from kvloom_kernels.call import is_native, pointer
 from kvloom_kernels.native import library, problem
 from kvloom_kernels.plan import run
@@ -35,12 +36,12 @@ class _Product(ctypes.Structure):
 
 class _Packing(ctypes.Structure):
     _fields_ = (("weight", ctypes.c_void_p), ("packed", ctypes.c_void_p),
-                *((name, ctypes.c_int64) for name in ("n", "k", "is_bf16", "unpacks")))
+                *((name, ctypes.c_int64) for name in ("rows", "k", "is_bf16", "unpacks")))
 
 
 class _Lookup(ctypes.Structure):
     _fields_ = (*((name, ctypes.c_void_p) for name in ("ids", "table", "out")),
-                *((name, ctypes.c_int64) for name in ("count", "k", "is_bf16", "is_packed")))
+                *((name, ctypes.c_int64) for name in ("rows", "k", "is_bf16", "is_packed")))
 
 
 class WeightShape(NamedTuple):
@@ -132,7 +133,8 @@ def product(x: Tensor, packed: Tensor, shape: WeightShape, bias: Tensor | None =
     if x.stride(-1) != 1:
         x = x.contiguous()
     if finish and shape.out_features // 2 % panel_features():  # the halves have no panels of their own
-        return _finished(product(x, packed, shape, bias), finish)
+        plain = product(x, packed, shape, bias)
+        return silu_mul(plain) if finish is Finish.SILU else _finished(plain, finish)
     width = shape.out_features // (2 if finish else 1)
     out = empty((x.shape[0], width), torch.float32 if widened else x.dtype)
     run("kvloom_product", _Product(pointer(x), pointer(packed), pointer(bias), pointer(out), x.shape[0], *shape, x.stride(0), width,

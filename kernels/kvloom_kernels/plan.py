@@ -1,13 +1,14 @@
 """Kernel calls: run at once, or recorded as a plan that runs again and again in one call.
 
-A kernel is a C++ function that does one thread's part of its work, and a structure of arguments. A plan is a list of such calls; all of
-them run in one parallel region, with no Python between them.
+A kernel is a C++ function that does one thread's part of its work, and a structure of arguments with a field ``rows``. A plan is a list
+of such calls; all of them run in one parallel region, with no Python between them, for as many rows as were recorded or for fewer.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -17,6 +18,10 @@ import torch
 from kvloom_kernels.native import library
 
 
+class NotRecordableError(Exception):
+    """Why a step cannot be recorded, as a phrase."""
+
+
 class Call(ctypes.Structure):
     """As step.cpp reads it."""
 
@@ -24,10 +29,16 @@ class Call(ctypes.Structure):
 
 
 class Plan:
-    """Recorded calls. What their pointers point to must live as long as it does: see `keep`."""
+    """Recorded calls. What their pointers point to must live as long as it does: see `keep`.
 
-    def __init__(self) -> None:
-        self._arguments: list[ctypes.Structure] = []
+    Args:
+        rows: of the step that is recorded. Each call must work on a multiple of them, row after row.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.rows = self._replayed_rows = rows
+        self._arguments: list[Any] = []
+        self._row_counts: list[int] = []
         self._kernels: list[int] = []
         self._calls: ctypes.Array[Call] | None = None
         self._kept: list[Any] = []
@@ -35,36 +46,48 @@ class Plan:
     def __len__(self) -> int:
         return len(self._kernels)
 
-    def add(self, kernel: int, arguments: ctypes.Structure) -> None:
-        """One more call."""
+    def add(self, kernel: int, arguments: Any) -> None:
+        """One more call. Raises `NotRecordableError`."""
+        if arguments.rows % self.rows:
+            raise NotRecordableError(f"a kernel works on {arguments.rows} rows of a step of {self.rows}")
         self._kernels.append(kernel)
         self._arguments.append(arguments)
+        self._row_counts.append(arguments.rows // self.rows)
         self._calls = None
 
     def keep(self, *owners: Any) -> None:
         """Hold what owns memory that the calls use."""
         self._kept += owners
 
-    def replay(self) -> None:
-        """Run all calls, in order."""
+    def replay(self, rows: int | None = None) -> None:
+        """Run all calls, in order, for the first `rows` rows; None: for all."""
+        rows = self.rows if rows is None else rows
+        if rows != self._replayed_rows:
+            self._replayed_rows = rows
+            for arguments, count in zip(self._arguments, self._row_counts, strict=True):
+                arguments.rows = rows * count
         if self._calls is None:
             calls = [Call(k, ctypes.addressof(a)) for k, a in zip(self._kernels, self._arguments, strict=True)]
             self._calls = (Call * len(calls))(*calls)
         library().kvloom_run(self._calls, len(self._kernels), torch.get_num_threads())
 
 
-_recording: Plan | None = None
+class _Thread(threading.local):
+    recording: Plan | None = None
+
+
+_thread = _Thread()
 
 
 @contextmanager
 def recorded(plan: Plan) -> Iterator[None]:
-    """Within the block every kernel call runs and is added to `plan`."""
-    global _recording  # kernels are called through models of others, which pass no plan on
-    before, _recording = _recording, plan
+    """Within the block every kernel call of this thread runs and is added to `plan`. Kernels are called through models of others,
+    which pass no plan on."""
+    before, _thread.recording = _thread.recording, plan
     try:
         yield
     finally:
-        _recording = before
+        _thread.recording = before
 
 
 @cache
@@ -77,8 +100,16 @@ def address(name: str) -> int:
 
 
 def run(name: str, arguments: ctypes.Structure) -> None:
-    """Run one kernel."""
+    """Run one kernel. Raises `NotRecordableError` within `recorded`."""
     kernel = address(name)
-    if _recording is not None:
-        _recording.add(kernel, arguments)
+    if _thread.recording is not None:
+        _thread.recording.add(kernel, arguments)
     library().kvloom_run(ctypes.byref(Call(kernel, ctypes.addressof(arguments))), 1, torch.get_num_threads())
+
+
+def unrecorded(name: str) -> Callable[..., Any]:
+    """A function of the library that is no part of a plan. Raises `NotRecordableError` within `recorded`."""
+    if _thread.recording is not None:
+        raise NotRecordableError(f"{name} cannot be recorded")
+    function: Callable[..., Any] = getattr(library(), name)
+    return function

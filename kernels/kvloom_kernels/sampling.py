@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvloom_kernels.call import is_native, pointer
-from kvloom_kernels.native import library
+from kvloom_kernels.plan import unrecorded
 
 
 def top_p_reference(logits: Tensor, p: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def top_p(logits: Tensor, p: Tensor) -> Tensor:
     if not (logits.dtype is torch.float32 and logits.is_contiguous() and is_native(logits, p)):
         return top_p_reference(logits, p)
     p = p.contiguous()
-    library().kvloom_top_p(pointer(logits), pointer(p), logits.shape[0], logits.shape[1], torch.get_num_threads())
+    unrecorded("kvloom_top_p")(pointer(logits), pointer(p), logits.shape[0], logits.shape[1], torch.get_num_threads())
     return logits
 
 
@@ -49,7 +49,7 @@ def best(logits: Tensor) -> tuple[Tensor, Tensor]:
     if not (logits.dtype is torch.float32 and logits.is_contiguous() and is_native(logits)):
         return best_reference(logits)
     value, index = torch.empty(logits.shape[0]), torch.empty(logits.shape[0], dtype=torch.int64)
-    library().kvloom_best(pointer(logits), pointer(value), pointer(index), logits.shape[0], logits.shape[1], torch.get_num_threads())
+    unrecorded("kvloom_best")(pointer(logits), pointer(value), pointer(index), *logits.shape, torch.get_num_threads())
     return value, index
 
 
@@ -76,7 +76,7 @@ def draw(logits: Tensor, best: Tensor, uniform: Tensor) -> Tensor:
         return draw_reference(logits, best, uniform)
     best, uniform = best.contiguous(), uniform.contiguous()
     out = torch.empty(logits.shape[0], dtype=torch.int64)
-    library().kvloom_draw(pointer(logits), pointer(best), pointer(uniform), pointer(out), logits.shape[0], logits.shape[1],
+    unrecorded("kvloom_draw")(pointer(logits), pointer(best), pointer(uniform), pointer(out), logits.shape[0], logits.shape[1],
                           torch.get_num_threads())
     return out
 
@@ -129,7 +129,7 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> TokenLogprobs:
     (rows, size), token_ids = logits.shape, token_ids.contiguous()
     out = TokenLogprobs(torch.empty((rows, 1 + k), dtype=torch.int64), torch.empty((rows, 1 + k)),
                         torch.empty((rows, 1 + k), dtype=torch.int64))
-    library().kvloom_token_logprobs(pointer(logits), logits.stride(0), pointer(token_ids), k, *map(pointer, out), rows, size,
+    unrecorded("kvloom_token_logprobs")(pointer(logits), logits.stride(0), pointer(token_ids), k, *map(pointer, out), rows, size,
                                     logits.dtype is torch.bfloat16, torch.get_num_threads())
     return out
 

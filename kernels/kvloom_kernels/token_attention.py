@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kvloom_kernels.attention import Scores, visible
 from kvloom_kernels.call import pointer
-from kvloom_kernels.native import library
+from kvloom_kernels.plan import unrecorded
 
 
 def token_attention_reference(q: Tensor, k: Tensor, v: Tensor, query_starts: np.ndarray[Any, Any], scores: Scores) -> Tensor:
@@ -45,7 +45,7 @@ def token_attention(q: Tensor, k: Tensor, v: Tensor, query_starts: Tensor, score
         query_starts: ``[R + 1]`` int32.
         out: ``[T, Hq, Dv]`` contiguous, filled and returned.
     """
-    library().kvloom_attend_tokens(
+    unrecorded("kvloom_attend_tokens")(
         pointer(q), q.stride(0), pointer(k), k.stride(0), pointer(v), v.stride(0), pointer(query_starts), query_starts.shape[0] - 1,
         q.shape[1], k.shape[1], q.shape[2], v.shape[2], scores.window_tokens or 0, scores.scale, scores.soft_cap or 0.0, scores.causal,
         pointer(out), q.dtype is torch.bfloat16, torch.get_num_threads())

@@ -17,6 +17,7 @@ from kvloom.params import PoolingParams
 from kvloom.runtime.batch import BatchState
 from kvloom.runtime.builder import build_model, open_source
 from kvloom.runtime.comm import LocalComm
+from kvloom.runtime.forward import Forward, LayerState
 from kvloom.runtime.logits import LogitsPipeline
 from kvloom.runtime.runner import Runner
 from kvloom.runtime.weights import load_weights
@@ -100,8 +101,9 @@ class OurEncoder:
         self.model, self.notes = built.model, built.notes
         self.report = load_weights(built.model, make_loader(config, plugins), directory)
         state = BatchState(max_num_seqs, self.source.max_model_len, (), extra_inputs=tuple(built.model.extra_inputs))
-        self.runner = Runner(built.model, TokenSampler(), LogitsPipeline(()), comm, (), len(built.model.state_specs()),
-                             built.backends, {}, state, torch.device("cpu"))
+        layers = LayerState((), len(built.model.state_specs()), built.backends, {})
+        self.runner = Runner(built.model, Forward(built.model, comm, layers, torch.device("cpu")), TokenSampler(), LogitsPipeline(()),
+                             state)
         self._next = 0
 
     def hidden(self, prompts: Sequence[Sequence[int]], types: Sequence[Sequence[int] | None] | None = None) -> list[torch.Tensor]:

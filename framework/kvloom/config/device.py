@@ -9,7 +9,8 @@ from pydantic import Field, field_validator
 from kvloom.config.class_path import ClassPath
 from kvloom.config.section import NoEffect, NotYet, Section, Unsupported
 
-_NOTHING_CAPTURED = "nothing is captured or compiled on a CPU device so far: every step runs call by call"
+_NOT_CAPTURED = "a recorded decode step serves sequences of every length"
+_NOT_COMPILED = "models are not compiled: decode steps are recorded and repeated, unless enforce_eager=True"
 
 
 class DeviceSection(Section):
@@ -26,11 +27,11 @@ class DeviceSection(Section):
                                            "auto: that class itself")] = None
     worker_extension_cls: Annotated[ClassPath, Field(description="a class, or where it is, whose methods workers get besides theirs: "
                                                      "`collective_rpc` finds them")] = None
-    enforce_eager: Annotated[bool | None, Field(description="never capture or compile"), NoEffect(_NOTHING_CAPTURED)] = None
-    max_seq_len_to_capture: Annotated[int | None, Field(ge=1, description="longest captured sequence"),
-                                      NoEffect(_NOTHING_CAPTURED)] = 8192
+    enforce_eager: Annotated[bool | None, Field(
+        description="True: every step runs call by call; else decode steps are recorded and repeated, with equal results")] = None
+    max_seq_len_to_capture: Annotated[int | None, Field(ge=1, description="longest captured sequence"), NoEffect(_NOT_CAPTURED)] = 8192
     compilation_config: Annotated[Any, Field(description="level 0..3, or a dict of settings with a level"),
-                                  NoEffect(_NOTHING_CAPTURED)] = None
+                                  NoEffect(_NOT_COMPILED)] = None
     disable_custom_all_reduce: Annotated[bool, Field(description="for tensor parallelism on GPUs"),
                                          NoEffect("there is one rank")] = False
     disable_async_output_proc: Annotated[bool, Field(description="of an older engine"),

@@ -42,8 +42,10 @@ class Executor(ABC):
         """Run a worker method (by name) or a function of the worker on every worker; results by rank.
 
         In process a function is called directly; across processes it must be a module-level one and travels as
-        ``module:name``. Raises TimeoutError after `timeout_s`. What is late then goes on: until it ends, everything but
-        `close` raises `EngineStateError`.
+        ``module:name``. After it each worker does `Worker.forget_recorded`.
+
+        Raises:
+            TimeoutError: after `timeout_s`. What is late then goes on: until it ends, everything but `close` raises `EngineStateError`.
         """
 
     def check_ready(self) -> None:

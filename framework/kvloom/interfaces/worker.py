@@ -87,6 +87,9 @@ class Worker(Protocol):
         again under the same id and then only computes.
         """
 
+    def forget_recorded(self) -> None:
+        """A function of somebody else ran on this worker: steps that were recorded before may not be what the model computes now."""
+
     def sleep(self, level: int) -> None:
         """Give memory back. What is given back already stays so.
 

@@ -12,6 +12,7 @@ from kvloom.layers.base import dtype_name
 from kvloom.layers.linear import local_heads
 from kvloom.layers.norm import RMSNorm
 from kvloom.layers.rotary import Rotation, rotate
+from kvloom_kernels.scratch import empty_like
 
 
 class Attention(nn.Module):
@@ -65,7 +66,7 @@ class Attention(nn.Module):
             if rotation is not None:
                 q, k = rotate(q, rotation), rotate(k, rotation)
             backend.write(k, v, cache, meta)
-        out = q.new_empty((q.shape[0], self.spec.num_heads, self.spec.value_dim))
+        out = empty_like(q, (q.shape[0], self.spec.num_heads, self.spec.value_dim))
         return backend.attend(q, cache, meta, out).flatten(1)
 
     def _fused(self, step: LayerStep, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +14,25 @@ from kvloom.interfaces.model_config import RopeParameters
 from kvloom.layers.rope_scaling import rope_frequencies
 
 
-class Rotation(NamedTuple):
+@dataclass
+class Rotation:
     """The rotary embedding of one step's tokens; Dr is the rotated part of a head.
 
-    Fields:
+    Args:
         table: ``[max_model_len, Dr]`` float32: Dr/2 cosines, then Dr/2 sines. For kernels that look up themselves.
         positions: ``[T]`` int64, rows of the table.
-        cos: ``[T, 1, Dr]``, both halves alike, in the activations' dtype.
-        sin: ``[T, 1, Dr]``, the first half negated.
+        dtype: of the activations.
     """
 
     table: Tensor
     positions: Tensor
-    cos: Tensor
-    sin: Tensor
+    dtype: torch.dtype
+
+    @cached_property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """``cos [T, 1, Dr]``, both halves alike, and ``sin [T, 1, Dr]``, the first half negated, in the activations' dtype."""
+        cos, sin = self.table.index_select(0, self.positions).to(self.dtype)[:, None].chunk(2, dim=-1)
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 class Rotary(nn.Module):
@@ -60,14 +66,14 @@ class Rotary(nn.Module):
 
     def forward(self, positions: Tensor) -> Rotation:
         """``positions [T]`` int64, all below ``max_model_len``."""
-        cos, sin = self.table.index_select(0, positions).to(self._dtype)[:, None].chunk(2, dim=-1)
-        return Rotation(self.table, positions, torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
+        return Rotation(self.table, positions, self._dtype)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """``x [T, heads, D] -> [T, heads, D]``: element i of the rotated part is paired with element ``i + Dr / 2``."""
-    rotary_dim = rotation.cos.shape[-1]
+    cos, sin = rotation.factors
+    rotary_dim = cos.shape[-1]
     turned = x if rotary_dim == x.shape[-1] else x[..., :rotary_dim]
     first, second = turned.chunk(2, dim=-1)
-    turned = turned * rotation.cos + torch.cat((second, first), dim=-1) * rotation.sin
+    turned = turned * cos + torch.cat((second, first), dim=-1) * sin
     return turned if rotary_dim == x.shape[-1] else torch.cat((turned, x[..., rotary_dim:]), dim=-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ import torch
 from kvloom.interfaces.attention import LayerCache, TensorShape
 from kvloom.interfaces.state import KVGroup
 from kvloom.interfaces.step import BlockCopy
+from kvloom_kernels import blocks as kernels
 
 LayerShapes = Mapping[int, tuple[TensorShape, ...]]
 """By layer index: what the layer's backend asked for, without the block axis."""
@@ -53,38 +55,9 @@ def allocate(groups: tuple[KVGroup, ...], shapes: LayerShapes, num_blocks: int, 
 
 def copy_blocks(groups: tuple[KVGroup, ...], caches: Mapping[int, LayerCache], copies: Sequence[BlockCopy]) -> None:
     """Copy whole blocks, each in all layers of its group, as if one after the other."""
-    for part in _independent(copies):
-        for group in groups:
-            pairs = [(c.source, c.target) for c in part if c.group == group.index]
-            if not pairs:
-                continue
-            sources, targets = np.array(pairs).T.copy()
-            for layer in group.layers:
-                for tensor in caches[layer].tensors:
-                    _copy_rows(tensor, sources, targets)
-
-
-def _copy_rows(tensor: torch.Tensor, sources: np.ndarray, targets: np.ndarray) -> None:
-    """``tensor[targets] = tensor[sources]``. On the host as bytes in this thread: torch would wake all others for some kilobytes."""
-    if tensor.device.type == "cpu":
-        host = tensor.flatten(1).view(torch.uint8).numpy()
-        host[targets] = host[sources]
-    else:
-        device = tensor.device
-        tensor.index_copy_(0, torch.from_numpy(targets).to(device), tensor.index_select(0, torch.from_numpy(sources).to(device)))
-
-
-def _independent(copies: Sequence[BlockCopy]) -> list[list[BlockCopy]]:
-    """Cut where a copy reads or writes what an earlier one wrote: a part's copies may be made at once."""
-    parts: list[list[BlockCopy]] = []
-    written: set[int] = set()
-    for copy in copies:
-        if not parts or copy.source in written or copy.target in written:
-            parts.append([])
-            written = set()
-        parts[-1].append(copy)
-        written.add(copy.target)
-    return parts
+    for index, of_group in groupby(copies, key=lambda copy: copy.group):  # groups share memory: the order between them counts, too
+        layers = next(group.layers for group in groups if group.index == index)
+        kernels.copy_blocks([tensor for layer in layers for tensor in caches[layer].tensors], [(c.source, c.target) for c in of_group])
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

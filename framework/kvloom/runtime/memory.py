@@ -223,10 +223,19 @@ def activation_bytes(config: ModelConfig, dtype: torch.dtype, max_num_batched_to
     What an attention backend takes inside is not counted.
     """
     tokens, rows = max_num_batched_tokens, min(max(max_num_seqs, CHUNK_ROWS), max_num_batched_tokens)
-    attention = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    per_token = 3 * config.hidden_size + max(attention, 3 * config.intermediate_size)
     logits_bytes = rows * config.vocab_size * (dtype.itemsize + 8) if generates else 0
-    return tokens * per_token * dtype.itemsize + logits_bytes
+    return tokens * _token_elements(config) * dtype.itemsize + logits_bytes
 
 
-__all__ = ["MemoryNeeds", "MemoryPlan", "activation_bytes", "group_layers", "memory_needs", "plan_memory"]
+def decode_bytes(config: ModelConfig, dtype: torch.dtype, rows: int) -> int:
+    """Memory for the tensors of recorded decode steps of `rows` rows: twice what `activation_bytes` counts, since pieces that are free
+    may lie apart, and the logits, which may be float32. Part of that estimate."""
+    return rows * (2 * _token_elements(config) * dtype.itemsize + config.vocab_size * torch.float32.itemsize)
+
+
+def _token_elements(config: ModelConfig) -> int:
+    attention = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    return 3 * config.hidden_size + max(attention, 3 * config.intermediate_size)
+
+
+__all__ = ["MemoryNeeds", "MemoryPlan", "activation_bytes", "decode_bytes", "group_layers", "memory_needs", "plan_memory"]

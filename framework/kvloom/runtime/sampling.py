@@ -26,18 +26,18 @@ class RowSampler:
     def __init__(self, sampler: Sampler, pipeline: LogitsPipeline, state: BatchState) -> None:
         self._sampler, self._pipeline, self._state = sampler, pipeline, state
 
-    def sample(self, ranges: Sequence[TokenRange], rows: Array, positions: Array, hidden: Tensor,
-               logits_of: LogitsOf, masks: StepMasks | None = None) -> list[RowResult]:
+    def sample(self, ranges: Sequence[TokenRange], rows: Array, positions: Array, raw: Tensor,
+               again: Callable[[], Tensor], masks: StepMasks | None = None) -> list[RowResult]:
         """One result a range.
 
         Args:
             ranges: those whose last position is sampled.
             rows, positions: ``[S]`` row in the batch state, and position that the sampled token will have.
-            hidden: ``[S, H]`` of the last positions.
+            raw: ``[S, V]`` logits of the last positions; may be changed in place.
+            again: computes them once more.
             masks: of the rows that have a grammar.
         """
         processors = [self._state.processors[row] for row in rows]
-        raw = logits_of(hidden)
         if masks is not None:
             masks.apply(raw)
         wanted = self._state.num_candidates[rows]
@@ -49,7 +49,7 @@ class RowSampler:
             masks.force(logits)
         done = self._sampler.sample(logits, self._sampling_rows(ranges, rows, positions))
         logprobs = self._logprobs(raw, done.token_ids, rows, wanted, asking)
-        failed = {s: self._failure(s, done, hidden, processors, logits_of, masks) for s in done.failed}
+        failed = {s: self._failure(s, done, processors, again, masks) for s in done.failed}
         failed |= {} if masks is None else {s: _row_error(error) for s, error in masks.failed.items()}
         failed |= {s: _row_error(p.error) for s, p in enumerate(processors) if p.error is not None}
         token_ids = done.token_ids.cpu().numpy()
@@ -83,12 +83,12 @@ class RowSampler:
         found = candidates(_scaled(raw, self._state.score_temperatures[rows[asking]]), token_ids, wanted[asking].tolist())
         return {int(s): (row,) for s, row in zip(asking, found, strict=True)}
 
-    def _failure(self, s: int, done: SampledTokens, hidden: Tensor, processors: Sequence[SequenceProcessors],
-                 logits_of: LogitsOf, masks: StepMasks | None) -> RowError:
+    def _failure(self, s: int, done: SampledTokens, processors: Sequence[SequenceProcessors],
+                 again: Callable[[], Tensor], masks: StepMasks | None) -> RowError:
         """Why a row could not be sampled: its logits are computed again, and its processors run one by one."""
         if processors[s].error is not None or not processors[s].states:
             return RowError("RequestFailedError", done.failed[s])
-        logits = logits_of(hidden)
+        logits = again()
         if masks is not None:
             masks.apply(logits)
         return RowError("RequestFailedError", self._pipeline.blame(logits[s:s + 1].float().clone(), processors[s]))

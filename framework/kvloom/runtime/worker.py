@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from kvloom.config import EngineConfig
 from kvloom.config.pooling import PoolingPlan
+from kvloom.core import SchedulerLimits
 from kvloom.errors import ConfigError, EngineStateError, InternalError, NotRegisteredError, RequestError
 from kvloom.hooks.loader import PluginSet
 from kvloom.interfaces import (
@@ -32,12 +33,13 @@ from kvloom.runtime.batch import BatchState
 from kvloom.runtime.builder import BuiltModel, ModelSource, build_model
 from kvloom.runtime.comm import LocalComm
 from kvloom.runtime.dense import DenseLayers
+from kvloom.runtime.forward import Forward, LayerState
 from kvloom.runtime.grammar import GrammarFactory
 from kvloom.runtime.host_blocks import HostBlocks
 from kvloom.runtime.host_memory import host_memory, release_freed
 from kvloom.runtime.kv_tensors import LayerShapes, allocate, copy_blocks
 from kvloom.runtime.logits import NO_PROCESSORS, LogitsPipeline, SequenceProcessors, make_processors
-from kvloom.runtime.memory import MemoryPlan, memory_needs, plan_memory
+from kvloom.runtime.memory import MemoryPlan, decode_bytes, memory_needs, plan_memory
 from kvloom.runtime.offload import HostWeights, layers_to_offload, offload, weights_bytes, weights_of
 from kvloom.runtime.pooling import PoolerSet, PoolingState, RowPooler
 from kvloom.runtime.profiling import WorkerProfiler
@@ -214,11 +216,16 @@ class DeviceWorker:
         state = BatchState(limits.max_num_seqs, limits.max_model_len, groups, lambda new: _start(pipeline, grammars, new, vocab_size),
                            tuple(built.model.extra_inputs), lambda copies: copy_blocks(groups, caches, copies),
                            lambda new: _start_pooling(pooler, new))
-        num_layers = len(built.model.state_specs())
         tier = self._host_tier()
         host_blocks = HostBlocks(groups, caches, tier.num_blocks) if tier is not None and tier.num_blocks else None
-        self._runner = Runner(built.model, sampler, pipeline, self._comm, groups, num_layers, built.backends, caches,
-                              state, self._device, host_blocks, pooler)
+        self._runner = Runner(built.model, self._forward(built, caches, limits), sampler, pipeline, state, host_blocks, pooler)
+
+    def _forward(self, built: BuiltModel, caches: Mapping[int, LayerCache], limits: SchedulerLimits) -> Forward:
+        layers = LayerState(self.plan.needs.groups, len(built.model.state_specs()), built.backends, caches)
+        records = self._source.pooling is None and not self._config.device.enforce_eager
+        recorded_bytes = decode_bytes(self._source.config, self._source.dtype, limits.max_num_seqs) if records else 0
+        return Forward(built.model, self._comm, layers, self._device, recorded_bytes=recorded_bytes, max_num_seqs=limits.max_num_seqs,
+                       max_model_len=limits.max_model_len)
 
     def _make_pooler(self, model: Model) -> RowPooler | None:
         plan, source = self._source.pooling, self._source
@@ -233,6 +240,11 @@ class DeviceWorker:
             raise InternalError("execute was called before allocate, or while the worker sleeps")
         with self._profiler.step(step.step_id):
             return self._runner.execute(step)
+
+    def forget_recorded(self) -> None:
+        """See `Worker.forget_recorded`."""
+        if self._runner is not None:
+            self._runner.forget_recorded()
 
     def sleep(self, level: int) -> None:
         """See `Worker.sleep`."""

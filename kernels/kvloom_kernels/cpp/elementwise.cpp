@@ -81,14 +81,14 @@ struct Write {
     const float* table;
     const int64_t *positions, *slots;
     void *k_cache, *v_cache;
-    int64_t v_stride, tokens, dim, value_dim, rotary_dim, block_tokens, is_bf16;
+    int64_t v_stride, rows, dim, value_dim, rotary_dim, block_tokens, is_bf16;
     float eps;
 };
 
 template <class T> void norm_rope_write(const Write& w, const Team& team) {
     constexpr int64_t SIDE = sizeof(T) == 2 ? 2 : 1;
     int64_t pairs = (w.block_tokens + SIDE - 1) / SIDE, steps = (w.dim + SIDE - 1) / SIDE;
-    for (int64_t t = team.first(w.tokens); t < team.last(w.tokens); t++) {
+    for (int64_t t = team.first(w.rows); t < team.last(w.rows); t++) {
         const float *cosines = w.table + (w.rotary_dim ? w.positions[t] * w.rotary_dim : 0), *sines = cosines + w.rotary_dim / 2;
         for (const Heads* part : {&w.q, &w.k})
             for (int64_t h = 0; h < part->count; h++) {

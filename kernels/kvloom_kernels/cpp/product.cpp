@@ -197,21 +197,21 @@ template <class T, class O> void product(const Product& p, const Team& team) {
 
 struct Packing {
     const void* weight;
-    void* packed;  // may be the same memory, where n is whole panels and k whole steps
-    int64_t n, k, is_bf16, unpacks;
+    void* packed;  // may be the same memory, where the weight is whole panels and k whole steps
+    int64_t rows, k, is_bf16, unpacks;
 };
 
 template <class T> void pack(const Packing& p, const Team& team) {
-    int64_t panels = (p.n + PANEL - 1) / PANEL, elements = panel_elements<T>(p.k), side = SIDE<T>;
+    int64_t panels = (p.rows + PANEL - 1) / PANEL, elements = panel_elements<T>(p.k), side = SIDE<T>;
     std::vector<T> copy(elements);
     for (int64_t panel = team.first(panels); panel < team.last(panels); panel++) {
         T *packed = (T*)p.packed + panel * elements, *plain = (T*)p.weight + panel * PANEL * p.k;
-        int64_t rows = count_at(panel * PANEL, p.n);
+        int64_t count = count_at(panel * PANEL, p.rows);
         if (p.unpacks)
             std::memcpy((void*)copy.data(), packed, elements * sizeof(T));
         else
             std::memset((void*)copy.data(), 0, elements * sizeof(T));
-        for (int64_t i = 0; i < rows; i++)
+        for (int64_t i = 0; i < count; i++)
             for (int64_t j = 0; j < p.k; j++) {
                 T& place = copy[(j / side * PANEL + i) * side + j % side];
                 if (p.unpacks)
@@ -227,12 +227,12 @@ struct Lookup {
     const int64_t* ids;
     const void* table;
     void* out;
-    int64_t count, k, is_bf16, is_packed;
+    int64_t rows, k, is_bf16, is_packed;
 };
 
 template <class T> void lookup(const Lookup& l, const Team& team) {
     int64_t side = SIDE<T>;
-    for (int64_t i = team.first(l.count); i < team.last(l.count); i++) {
+    for (int64_t i = team.first(l.rows); i < team.last(l.rows); i++) {
         T* to = (T*)l.out + i * l.k;
         if (!l.is_packed) {
             std::memcpy((void*)to, (const T*)l.table + l.ids[i] * l.k, l.k * sizeof(T));
@@ -253,13 +253,13 @@ extern "C" void kvloom_product(const void* arguments, const Team& team) {
     p.is_widened ? product<bf16, float>(p, team) : product<bf16, bf16>(p, team);
 }
 
-// weight [n, k] -> panels, or back.
+// weight [rows, k] -> panels, or back.
 extern "C" void kvloom_pack(const void* arguments, const Team& team) {
     const Packing& p = *(const Packing*)arguments;
     p.is_bf16 ? pack<bf16>(p, team) : pack<float>(p, team);
 }
 
-// Rows `ids` [count] of a weight, packed or as it was -> out [count, k].
+// Rows `ids` [rows] of a weight, packed or as it was -> out [rows, k].
 extern "C" void kvloom_lookup(const void* arguments, const Team& team) {
     const Lookup& l = *(const Lookup*)arguments;
     l.is_bf16 ? lookup<bf16>(l, team) : lookup<float>(l, team);

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from kvloom.errors import EngineClosedError, EngineStateError, UnsupportedFeatureError
@@ -51,8 +51,7 @@ class InProcessExecutor(Executor):
              kwargs: Mapping[str, Any] | None = None) -> list[Any]:
         """See `Executor.call`. With a timeout it runs in a thread of its own, which nothing can stop when it is late."""
         worker = self._running()
-        function = functools.partial(getattr(worker, method) if isinstance(method, str) else functools.partial(method, worker), *args,
-                                     **(kwargs or {}))
+        function = partial(_call, worker, method, args, kwargs or {})
         if timeout_s is None:
             return [function()]
         thread = CallThread(function)
@@ -85,6 +84,13 @@ class InProcessExecutor(Executor):
             raise EngineClosedError("the engine was closed; make a new LLM")
         self.check_ready()
         return self._worker
+
+
+def _call(worker: Worker, method: str | Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    try:
+        return getattr(worker, method)(*args, **kwargs) if isinstance(method, str) else method(worker, *args, **kwargs)
+    finally:
+        worker.forget_recorded()
 
 
 class CallThread(threading.Thread):

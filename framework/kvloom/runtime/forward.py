@@ -1,0 +1,122 @@
+"""A step's forward: from index arrays to hidden states and logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvloom.interfaces.attention import AttentionBackend, AttentionBatch, LayerCache
+from kvloom.interfaces.comm import Comm
+from kvloom.interfaces.model import ForwardContext, LayerStep, Model, ModelInputs
+from kvloom.interfaces.state import KVGroup
+from kvloom.runtime.batch import GroupIndices, StepIndices
+from kvloom.runtime.capture import PlanCapture
+from kvloom.runtime.graphs import Buffers, DecodeGraphs
+from kvloom_kernels.scratch import Arena
+
+NO_GROUP = GroupIndices(np.zeros((0, 0), np.int32), np.zeros(0, np.int64))
+"""Of layers that keep nothing."""
+
+
+class LayerState(NamedTuple):
+    """What the layers of one model shard work with.
+
+    Args:
+        groups: KV groups.
+        num_layers: layers in all.
+        backends: by layer index, the attention backend of every attention layer.
+        caches: by layer index, the KV tensors of those that keep state.
+    """
+
+    groups: tuple[KVGroup, ...]
+    num_layers: int
+    backends: Mapping[int, AttentionBackend]
+    caches: Mapping[int, LayerCache]
+
+    @property
+    def unstored(self) -> tuple[int, ...]:
+        """Attention layers that keep nothing."""
+        return tuple(i for i, backend in self.backends.items() if not backend.spec.stored)
+
+    def steps(self, batches: Sequence[AttentionBatch]) -> Sequence[LayerStep | None]:
+        """Prepare each group once per backend, and hand every layer its backend, cache and metadata.
+
+        Args:
+            batches: one a group, then one for layers that keep nothing, where there are any.
+        """
+        steps: list[LayerStep | None] = [None] * self.num_layers
+        for layers, batch in zip((*(g.layers for g in self.groups), self.unstored), batches, strict=False):
+            prepared = {id(b): b.prepare(batch) for b in {id(self.backends[i]): self.backends[i] for i in layers}.values()}
+            for i in layers:
+                steps[i] = LayerStep(self.backends[i], self.caches.get(i) or LayerCache(i, ()), prepared[id(self.backends[i])])
+        return steps
+
+
+class Computed(NamedTuple):
+    """``hidden [T, H]``, and ``logits [R, V]`` of rows that are all sampled, where they came along; good until the next step."""
+
+    hidden: Tensor
+    ctx: ForwardContext
+    logits: Tensor | None = None
+
+
+class Forward:
+    """Runs a model shard on steps.
+
+    Args:
+        layers: what its layers work with.
+        recorded_bytes: memory for recorded decode steps; 0 records none.
+        max_num_seqs, max_model_len: limits of steps that are recorded.
+    """
+
+    def __init__(self, model: Model, comm: Comm, layers: LayerState, device: torch.device, *, recorded_bytes: int = 0,
+                 max_num_seqs: int = 1, max_model_len: int = 1) -> None:
+        self._model, self._comm, self._layers, self._device = model, comm, layers, device
+        self._has_unstored = bool(layers.unstored)
+        self._graphs: DecodeGraphs | None = None
+        if recorded_bytes and all(b.graph_support and b.spec.stored for b in layers.backends.values()):
+            widths = [-(-max_model_len // g.block_tokens) for g in layers.groups]
+            self._graphs = DecodeGraphs(model, self._context, Buffers(max_num_seqs, widths), PlanCapture(Arena(recorded_bytes)))
+
+    def run(self, indices: StepIndices) -> Computed:
+        """Compute a step."""
+        one_each = len(indices.token_ids) == len(indices.rows) == len(indices.sampled)
+        if self._graphs is not None and one_each and not indices.extras:
+            done = self._graphs.run(indices)
+            if done is not None:
+                return Computed(done.hidden, ForwardContext(self._comm, ()), done.logits)
+        ctx = self._context(self._batches(indices))
+        inputs = ModelInputs(
+            token_ids=self.to_device(indices.token_ids), positions=self.to_device(indices.positions)[None],
+            extras={name: self.to_device(values) for name, values in indices.extras.items()})
+        return Computed(self._model.forward(inputs, ctx).hidden, ctx)
+
+    def forget_recorded(self) -> None:
+        """See `Worker.forget_recorded`."""
+        if self._graphs is not None:
+            self._graphs.forget()
+
+    def to_device(self, array: np.ndarray) -> Tensor:
+        """On the CPU the tensor shares the array's memory."""
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
+
+    def _context(self, batches: Sequence[AttentionBatch]) -> ForwardContext:
+        return ForwardContext(self._comm, self._layers.steps(batches))
+
+    def _batches(self, indices: StepIndices) -> list[AttentionBatch]:
+        """By KV group, and one more for layers that keep nothing."""
+        contexts, starts = self.to_device(indices.context_tokens), self.to_device(indices.query_starts)
+        return [AttentionBatch(
+            query_starts=starts,
+            context_tokens=contexts,
+            block_table=self.to_device(group.block_table),
+            slots=self.to_device(group.slots),
+            query_starts_host=indices.query_starts,
+            context_tokens_host=indices.context_tokens,
+            max_query_tokens=int(np.diff(indices.query_starts).max()),
+            max_context_tokens=int(indices.context_tokens.max()),
+        ) for group in (*indices.groups, *([NO_GROUP] if self._has_unstored else ()))]

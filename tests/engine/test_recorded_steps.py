@@ -1,0 +1,216 @@
+"""Decode steps that are recorded and repeated: the same numbers as call by call, and no repeating of what cannot be repeated."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import structlog
+import torch
+
+from kvloom import LLM, SamplingParams
+from kvloom.runtime.batch import GroupIndices, StepIndices
+from kvloom.runtime.capture import PlanCapture
+from kvloom.runtime.graphs import Buffers
+from kvloom.testing.checkpoints import make_checkpoint
+from kvloom_kernels.attention import Scores
+from kvloom_kernels.norm import rms_norm
+from kvloom_kernels.plan import NotRecordableError, Plan
+from kvloom_kernels.scratch import Arena, empty
+from kvloom_kernels.token_attention import token_attention
+
+PROMPTS = [{"prompt_token_ids": list(range(3, 3 + n))} for n in (5, 9, 2, 30, 4, 11, 7, 3, 3, 1, 40)]
+LENGTHS = (3, 8, 20, 5, 6, 7, 8, 12, 3, 1, 30)
+GAIN = torch.ones(16)
+STARTS = torch.arange(5, dtype=torch.int32)
+
+
+def params(**values: Any) -> list[SamplingParams]:
+    return [SamplingParams(**({"temperature": 0, "max_tokens": n, "ignore_eos": True, "logprobs": 2} | values)) for n in LENGTHS]
+
+
+def written(llm: LLM, given: list[SamplingParams] | None = None) -> list[Any]:
+    """Tokens and log-probabilities, to the last bit."""
+    outputs = llm.generate(PROMPTS, given or params(), use_tqdm=False)
+    return [(o.outputs[0].token_ids, [[(i, p.logprob) for i, p in position.items()] for position in o.outputs[0].logprobs])
+            for o in outputs]
+
+
+@contextmanager
+def replayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Rows of each plan that is repeated within the block."""
+    seen: list[int] = []
+    original = Plan.replay
+    with monkeypatch.context() as patch:
+        patch.setattr(Plan, "replay", lambda plan, rows=None: (seen.append(rows), original(plan, rows))[1])
+        yield seen
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_recorded_steps_give_what_steps_call_by_call_give(small_checkpoint: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"dtype": dtype, "max_num_seqs": 6, "max_num_batched_tokens": 32}
+    with LLM(str(small_checkpoint), enforce_eager=True, **values) as llm, replayed(monkeypatch) as seen:
+        expected = [written(llm), written(llm, params(temperature=1.0, seed=3, top_p=0.9, min_tokens=1))]
+        assert not seen
+    with LLM(str(small_checkpoint), **values) as llm, replayed(monkeypatch) as seen:
+        assert [written(llm), written(llm, params(temperature=1.0, seed=3, top_p=0.9, min_tokens=1))] == expected
+        assert {1, 2, 3} <= set(seen)
+
+
+def test_layers_with_windows_and_others_are_recorded_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = make_checkpoint(tmp_path / "m", "Qwen2ForCausalLM", use_sliding_window=True, sliding_window=16, max_window_layers=1)
+    with LLM(str(directory), dtype="float32", enforce_eager=True) as llm:
+        expected = written(llm)
+    with LLM(str(directory), dtype="float32") as llm, replayed(monkeypatch) as seen:
+        assert written(llm) == expected
+        assert seen
+
+
+def test_the_same_after_sleep(small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM(str(small_checkpoint), dtype="float32", enable_sleep_mode=True) as llm:
+        expected = written(llm)
+        for level in (1, 2):
+            llm.sleep(level)
+            llm.wake_up()
+            with replayed(monkeypatch) as seen:
+                assert written(llm) == expected
+                assert seen
+
+
+def test_a_model_that_computes_with_torch_runs_call_by_call_and_the_log_says_why(
+        small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM(str(small_checkpoint), dtype="float32") as llm, replayed(monkeypatch) as seen:
+        expected = written(llm)
+        seen.clear()
+
+        def patch(model: Any) -> None:
+            forward = model.forward
+
+            def changed(inputs: Any, ctx: Any) -> Any:
+                out = forward(inputs, ctx)
+                out.hidden = out.hidden * 1.0
+                return out
+
+            model.forward = changed
+
+        llm.apply_model(patch)
+        with structlog.testing.capture_logs() as logs:
+            assert written(llm) == expected
+        structlog.reset_defaults()
+        assert [e["reason"] for e in logs if e["event"] == "decode steps run call by call"] == ["it computes with torch (mul)"]
+        assert not seen
+
+
+def test_hooks_on_a_model_are_called_at_every_step(small_checkpoint: Path) -> None:
+    calls: list[int] = []
+    with LLM(str(small_checkpoint), dtype="float32") as llm:
+        expected = written(llm)
+        llm.apply_model(lambda model: model.layers[0].register_forward_hook(lambda *given: calls.append(1)))
+        assert written(llm) == expected
+        assert len(calls) >= max(LENGTHS)
+
+
+def test_weights_that_are_replaced_are_used_from_then_on(small_checkpoint: Path) -> None:
+    def replace(model: Any) -> None:
+        norm = model.norm
+        norm.tensors["weight"] = norm.tensors["weight"].flip(0).clone()
+
+    found = []
+    for eager in (True, False):
+        with LLM(str(small_checkpoint), dtype="float32", enforce_eager=eager) as llm:
+            before = written(llm)
+            llm.apply_model(replace)
+            found.append(written(llm))
+            assert found[-1] != before
+    assert found[0] == found[1]
+
+
+def test_engines_in_two_threads_record_each_its_own(small_checkpoint: Path, tmp_path: Path) -> None:
+    other = make_checkpoint(tmp_path / "m", "Qwen3ForCausalLM")
+    expected = {}
+    for directory in (small_checkpoint, other):
+        with LLM(str(directory), dtype="float32", enforce_eager=True) as llm:
+            expected[directory] = written(llm)
+    found: dict[Path, list[Any]] = {}
+
+    def work(directory: Path) -> None:
+        with LLM(str(directory), dtype="float32") as llm:
+            found[directory] = [written(llm) for _ in range(3)]
+
+    threads = [threading.Thread(target=work, args=(directory,)) for directory in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {directory: [tokens] * 3 for directory, tokens in expected.items()}
+
+
+# -- capture
+
+
+def capture(compute: Callable[[torch.Tensor], torch.Tensor], rows: int = 4) -> tuple[torch.Tensor, Callable[[int], None], torch.Tensor]:
+    """An input, how to repeat what was computed of it, and the result."""
+    x = torch.randn(rows, 16, generator=torch.Generator().manual_seed(0))
+    replay, (out,) = PlanCapture(Arena(2**16)).record(lambda: (compute(x),), rows)
+    return x, replay, out
+
+
+def test_a_repetition_computes_the_first_rows_from_new_numbers_and_leaves_the_others() -> None:
+    gain = torch.full((16,), 2.0)
+    x, replay, out = capture(lambda x: rms_norm(rms_norm(x, gain, 1e-5).view(8, 8), gain[:8], 1e-5).view(4, 16))
+    before = out.clone()
+    x.copy_(torch.randn(4, 16, generator=torch.Generator().manual_seed(1)))
+    replay(3)
+    expected = rms_norm(rms_norm(x, gain, 1e-5).view(8, 8), gain[:8], 1e-5).view(4, 16)
+    assert torch.equal(out[:3], expected[:3])
+    assert torch.equal(out[3], before[3])
+    replay(4)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(("compute", "reason"), [
+    (lambda x: x + 1, r"torch \(add\)"),
+    (lambda x: rms_norm(x, torch.ones(16), 1e-5), r"torch \(ones\)"),
+    (lambda x: torch.nn.functional.layer_norm(x, (16,)), r"torch \(native_layer_norm\)"),
+    (lambda x: x.t().contiguous(), r"torch \(clone\)"),
+    (lambda x: x.mul_(x[0, 0].item()), r"torch \(_local_scalar_dense\)"),
+    (lambda x: rms_norm(x[:2], GAIN, 1e-5), "works on 2 rows of a step of 4"),
+    (lambda x: x[:3], "no rows of a kernel's result"),
+    (lambda x: token_attention(*[x.view(4, 1, 16)] * 3, STARTS, Scores(1.0), empty((4, 1, 16), torch.float32)),
+     "kvloom_attend_tokens cannot be recorded"),
+    (lambda x: rms_norm(x, GAIN, 1e-5)[:2], "no rows of a kernel's result"),
+])
+def test_what_would_not_be_repeated_is_not_recorded(compute: Callable[[torch.Tensor], torch.Tensor], reason: str) -> None:
+    with pytest.raises(NotRecordableError, match=reason):
+        capture(compute)
+    x, _, out = capture(lambda x: rms_norm(x, GAIN, 1e-5))  # and the thread is not left recording
+    assert torch.equal(out, rms_norm(x, GAIN, 1e-5))
+
+
+def test_without_room_nothing_is_recorded() -> None:
+    x = torch.zeros(4, 16)
+    with pytest.raises(NotRecordableError, match=r"torch \(empty\)"):
+        PlanCapture(Arena(128)).record(lambda: (rms_norm(x, GAIN, 1e-5),), 4)
+
+
+def test_rows_beyond_a_step_work_on_the_block_of_nobody() -> None:
+    buffers = Buffers(4, [3, 2])
+    full = StepIndices(np.arange(4), np.arange(5, dtype=np.int32), np.full(4, 33, np.int32), np.full(4, 7), np.full(4, 32),
+                       (GroupIndices(np.full((4, 3), 9, np.int32), np.full(4, 144)),) * 2, np.arange(4), {})
+    narrow = full.groups[0].block_table[:, :2]
+    buffers.fill(StepIndices(full.rows, full.query_starts, full.context_tokens, full.token_ids, full.positions,
+                             (full.groups[0], GroupIndices(narrow, full.groups[1].slots)), full.sampled, {}))
+    one = StepIndices(np.arange(1), np.arange(2, dtype=np.int32), np.full(1, 5, np.int32), np.full(1, 8), np.full(1, 4),
+                      (GroupIndices(np.full((1, 1), 6, np.int32), np.full(1, 100)),) * 2, np.arange(1), {})
+    buffers.fill(one)
+    assert buffers.token_ids.tolist() == [8, 0, 0, 0]
+    assert buffers.positions.tolist() == [4, 0, 0, 0]
+    assert buffers.contexts.tolist() == [5, 1, 1, 1]
+    for table, slots in zip(buffers.tables, buffers.slots, strict=True):
+        assert table[:, 0].tolist() == [6, 0, 0, 0]
+        assert slots.tolist() == [100, 0, 0, 0]
