@@ -53,7 +53,7 @@ def _copy_on_host(tensors: Sequence[Tensor], pairs: Sequence[Pair]) -> None:
     starts = (ctypes.c_void_p * count)(*(t.data_ptr() for t in tensors))
     sizes = (ctypes.c_int64 * count)(*(t.nbytes // t.shape[0] for t in tensors))
     flat = (ctypes.c_int64 * (2 * len(pairs)))(*(block for pair in pairs for block in pair))
-    run("kvloom_copy_blocks", _Copies(*map(ctypes.addressof, (starts, sizes, flat)), count, len(pairs)))
+    run("kvloom_copy_blocks", _Copies(*(ctypes.addressof(array) for array in (starts, sizes, flat)), count, len(pairs)))
 
 
 def _independent(pairs: Sequence[Pair]) -> list[list[Pair]]:
