@@ -41,6 +41,18 @@ def written(llm: LLM, given: list[SamplingParams] | None = None) -> list[Any]:
             for o in outputs]
 
 
+class TimesOne(torch.nn.Module):
+    """A norm of somebody who computes with torch."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        normed, stream = self.norm.add(x, residual)
+        return normed * 1.0, stream
+
+
 @contextmanager
 def replayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Rows of each plan that is repeated within the block."""
@@ -52,7 +64,8 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_recorded_steps_give_what_steps_call_by_call_give(small_checkpoint: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_enforce_eager__runs_call_by_call_with_the_numbers_of_recorded_steps(
+        small_checkpoint: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"dtype": dtype, "max_num_seqs": 6, "max_num_batched_tokens": 32}
     with LLM(str(small_checkpoint), enforce_eager=True, **values) as llm, replayed(monkeypatch) as seen:
         expected = [written(llm), written(llm, params(temperature=1.0, seed=3, top_p=0.9, min_tokens=1))]
@@ -88,17 +101,7 @@ def test_a_model_that_computes_with_torch_runs_call_by_call_and_the_log_says_why
         expected = written(llm)
         seen.clear()
 
-        def patch(model: Any) -> None:
-            forward = model.forward
-
-            def changed(inputs: Any, ctx: Any) -> Any:
-                out = forward(inputs, ctx)
-                out.hidden = out.hidden * 1.0
-                return out
-
-            model.forward = changed
-
-        llm.apply_model(patch)
+        llm.apply_model(lambda model: setattr(model, "norm", TimesOne(model.norm)))
         with structlog.testing.capture_logs() as logs:
             assert written(llm) == expected
         structlog.reset_defaults()
@@ -111,6 +114,20 @@ def test_hooks_on_a_model_are_called_at_every_step(small_checkpoint: Path) -> No
     with LLM(str(small_checkpoint), dtype="float32") as llm:
         expected = written(llm)
         llm.apply_model(lambda model: model.layers[0].register_forward_hook(lambda *given: calls.append(1)))
+        assert written(llm) == expected
+        assert len(calls) >= max(LENGTHS)
+
+
+def test_methods_that_were_replaced_are_called_at_every_step(small_checkpoint: Path) -> None:
+    calls: list[int] = []
+
+    def replace(model: Any) -> None:
+        forward = model.layers[1].mlp.forward
+        model.layers[1].mlp.forward = lambda *given: (calls.append(1), forward(*given))[1]
+
+    with LLM(str(small_checkpoint), dtype="float32") as llm:
+        expected = written(llm)
+        llm.apply_model(replace)
         assert written(llm) == expected
         assert len(calls) >= max(LENGTHS)
 

@@ -58,8 +58,7 @@ def test_norm_rotation_and_writing(dtype: torch.dtype, tolerance: float, dim: in
     table = torch.cat((angles.cos(), angles.sin()), dim=1)
     positions, slots = torch.randperm(64)[:tokens], torch.randperm(blocks_there * block_tokens)[:tokens].sort().values
     norms = (random(dim, dtype=dtype, seed=3), random(dim, dtype=dtype, seed=4)) if normed else (None, None)
-    cos, sin = table[positions].to(dtype)[:, None].chunk(2, dim=-1)
-    rotation = Rotation(table, positions, torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
+    rotation = Rotation(table, positions, dtype)
     expected_q, expected_k = (rotate(x if n is None else rms_norm_reference(x, n, 1e-6), rotation) for x, n in zip((q, k), norms, strict=True))
     side = side_elements(dtype)
     shapes = cache_shapes(kv_heads, dim, value_dim, block_tokens, dtype)

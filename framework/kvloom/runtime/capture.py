@@ -84,9 +84,13 @@ class OnlyViews(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return made_of_others
 
 
-def hooks_problem(model: object) -> str | None:
-    """Why a model's hooks keep it from being recorded: they would not be called again."""
+def patch_problem(model: object) -> str | None:
+    """What was put into a model from outside that keeps it from being recorded, since it would not be called again: hooks, and methods
+    that were replaced."""
     for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name or 'the model'} has hooks"
+        replaced = next((attribute for attribute in vars(module) if callable(getattr(type(module), attribute, None))), None)
+        if replaced is not None:
+            return f"{replaced}() of {name or 'the model'} was replaced"
     return None

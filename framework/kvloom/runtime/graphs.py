@@ -18,7 +18,7 @@ from kvloom.interfaces.attention import AttentionBatch
 from kvloom.interfaces.model import ForwardContext, Model, ModelInputs
 from kvloom.logs import get_logger
 from kvloom.runtime.batch import StepIndices
-from kvloom.runtime.capture import Capture, Replay, hooks_problem
+from kvloom.runtime.capture import Capture, Replay, patch_problem
 from kvloom_kernels.plan import NotRecordableError
 
 MakeContext = Callable[[Sequence[AttentionBatch]], ForwardContext]
@@ -120,7 +120,7 @@ class DecodeGraphs:
             return hidden, self._model.logits(hidden, ctx)
 
         try:
-            if (problem := hooks_problem(self._model)) is not None:
+            if (problem := patch_problem(self._model)) is not None:
                 raise NotRecordableError(problem)
             replay, (hidden, logits) = self._capture.record(compute, rows)
         except NotRecordableError as error:
