@@ -147,4 +147,4 @@ class Sampler(ABC):
 
     @abstractmethod
     def sample(self, logits: Tensor, rows: SamplingRows) -> SampledTokens:
-        """``logits [rows, V]`` float32 -> tokens. May work in place on `logits`."""
+        """``logits [rows, V]`` float32 -> tokens. `logits` must not be changed: log-probabilities may be taken of them."""

@@ -42,8 +42,9 @@ class RowSampler:
             masks.apply(raw)
         wanted = self._state.num_candidates[rows]
         asking = np.flatnonzero(wanted >= 0)
-        # The raw logits must outlive the processors, which work in place.
-        logits = raw.clone() if raw.dtype is torch.float32 and len(asking) else raw.float()
+        # Where log-probabilities are wanted, raw logits must outlive the processors, which work in place.
+        changes = masks is not None or any(p.states for p in processors)
+        logits = raw.clone() if raw.dtype is torch.float32 and changes and len(asking) else raw.float()
         logits = self._pipeline.apply(logits, processors)
         if masks is not None:
             masks.force(logits)
