@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -19,6 +20,8 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent / "cpp"
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
+FLAGS_VARIABLE = "KVLOOM_CXXFLAGS"
+"""Environment variable with further flags of the compiler: ``-march=x86-64-v3`` builds what CPUs without AVX-512 get."""
 COMPILE_TIMEOUT_S = 120
 
 _P, _I, _F, _B = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
@@ -87,18 +90,22 @@ def _compiled() -> Path:
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / path.name
-            _run([compiler, *FLAGS, "-o", str(made), *map(str, sources)])
+            _run([compiler, *_flags(), "-o", str(made), *map(str, sources)])
             os.replace(made, path)  # whole or not at all, also with several processes
     if path.stat().st_uid != os.getuid():
         raise NativeUnavailableError(f"{path} belongs to another user")
     return path
 
 
+def _flags() -> list[str]:
+    return [*FLAGS, *shlex.split(os.environ.get(FLAGS_VARIABLE, ""))]
+
+
 def _key(compiler: str) -> str:
     digest = hashlib.sha256()
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
-    digest.update(_run([compiler, "--version"]) + " ".join(FLAGS).encode() + _cpu_features())
+    digest.update(_run([compiler, "--version"]) + " ".join(_flags()).encode() + _cpu_features())
     return digest.hexdigest()[:32]
 
 

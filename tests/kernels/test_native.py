@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from kvloom_kernels import native
 
@@ -66,3 +67,12 @@ print(llm.llm_engine.report.text())
         outputs.append(done.stdout.split("\n", 1))
     assert outputs[0][0] == outputs[1][0]
     assert "attention backend: torch (refused: cpu: no C++ compiler was found" in outputs[1][1]
+
+
+@needs_compiler
+def test_kernels_for_cpus_without_avx512_give_the_same(tmp_path: Path) -> None:
+    """Those whose arithmetic differs there: bfloat16 is widened to float32, a panel has 8 features instead of 16."""
+    files = [f"tests/kernels/test_{name}.py" for name in ("product", "attention", "elementwise")]
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files], cwd=ROOT, capture_output=True, text=True,
+                          check=False, env={**os.environ, native.FLAGS_VARIABLE: "-march=x86-64-v3"})
+    assert done.returncode == 0, done.stdout[-3000:]
