@@ -45,6 +45,7 @@ class CausalLM(nn.Module, Model):
 
     layer_class: ClassVar[type[DecoderLayer]]
     ignored: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
+    row_invariant = True
 
     def __init__(self, config: DecoderConfig, build: BuildContext) -> None:
         super().__init__()

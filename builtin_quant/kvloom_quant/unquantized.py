@@ -100,6 +100,11 @@ class Unquantized(QuantMethod):
             raise ConfigError(f"the plain weight format has no settings, got {dict(settings)}; choose the method that "
                               f"quantization_config names")
 
+    @classmethod
+    def row_invariant(cls, dtype: torch.dtype, device: torch.device) -> str | None:
+        """See `QuantMethod`: our kernels sum each row in one order, torch's choose by the number of rows."""
+        return None if can_pack(torch.empty(0, dtype=dtype, device=device)) else f"{dtype_name(dtype)} is multiplied by torch here"
+
     def for_linear(self, shape: LinearShape, dtype: torch.dtype) -> LinearMethod:
         """See `QuantMethod`."""
         return PlainLinear(shape, dtype)

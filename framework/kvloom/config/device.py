@@ -32,6 +32,8 @@ class DeviceSection(Section):
     max_seq_len_to_capture: Annotated[int | None, Field(ge=1, description="longest captured sequence"), NoEffect(_NOT_CAPTURED)] = 8192
     compilation_config: Annotated[Any, Field(description="level 0..3, or a dict of settings with a level"),
                                   NoEffect(_NOT_COMPILED)] = None
+    deterministic: Annotated[bool, Field(description="True: a request's tokens and log-probabilities have the same bits whatever its "
+                                         "neighbours, chunks, cached prefix or preemptions; what cannot keep that is refused")] = False
     disable_custom_all_reduce: Annotated[bool, Field(description="for tensor parallelism on GPUs"),
                                          NoEffect("there is one rank")] = False
     disable_async_output_proc: Annotated[bool, Field(description="of an older engine"),

@@ -117,6 +117,9 @@ class AttentionBackend(ABC):
 
     graph_support = False
     """Whether `write` and `attend` may be captured and replayed: fixed buffers, no host branches on batch contents."""
+    row_invariant = False
+    """Whether a token's result has the same bits whatever other rows the step has, and however its sequence was cut into steps.
+    What ``deterministic=True`` asks for."""
 
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec = spec

@@ -163,6 +163,9 @@ class Model(ABC):
     """How its hidden states are pooled when neither the configuration nor the checkpoint says. An instance may set its own."""
     pooling_options: Mapping[str, Any] = MappingProxyType({})
     """Fields of `PoolerConfig` that are not the defaults of its task: ``softmax``, ``normalize``, ``step_tag_id``, ..."""
+    row_invariant: bool = False
+    """Whether `forward` and `logits` give a token the same bits whatever other rows there are, as far as this is the model's own
+    doing: true of a model that computes with our layers and, besides, element by element or row by row."""
     ignored: tuple[str, ...] = ()
     """Shell patterns (`fnmatch`) of checkpoint tensors known to be unused, e.g. ``*.rotary_emb.inv_freq``; see `tensor_name`."""
 

@@ -179,6 +179,11 @@ class QuantMethod(ABC):
         """None when this method can run with these activations; else the reason why not."""
         return None
 
+    @classmethod
+    def row_invariant(cls, dtype: torch.dtype, device: torch.device) -> str | None:
+        """None when its products give a row the same bits whatever other rows there are; else the reason why not, as a phrase."""
+        return "it does not say that a row's products are the same whatever the other rows"
+
     @abstractmethod
     def for_linear(self, shape: LinearShape, dtype: torch.dtype) -> LinearMethod | None:
         """The product of a linear layer."""

@@ -185,10 +185,25 @@ def build_model(config: EngineConfig, plugins: PluginSet, source: ModelSource, d
     reason = quant.supports(source.dtype, device)
     if reason is not None:
         raise ConfigError(f"quantization method {source.quant.name!r} cannot run here: {reason}")
-    chooser = BackendChooser(plugins.registries["attention_backends"], config.device.attention_backend, Machine("cpu"))
+    deterministic = config.device.deterministic
+    if deterministic:
+        check_deterministic(source, plain, quant)
+    chooser = BackendChooser(plugins.registries["attention_backends"], config.device.attention_backend, Machine("cpu"),
+                             deterministic=deterministic)
     build = BuildContext(
         dtype=source.dtype, device=device, quant=quant, plain=plain, comm=comm, max_model_len=source.max_model_len,
         cache_dtype=source.dtype, block_tokens=config.cache.block_size, make_backend=chooser,
         task=source.task)
     model = source.entry.load()(source.config, build)
     return BuiltModel(model, chooser.by_layer, tuple(chooser.notes))
+
+
+def check_deterministic(source: ModelSource, *methods: QuantMethod) -> None:
+    """Raises `ConfigError` when the model or a method of its products may give a request other bits beside other rows."""
+    problems = [f"{type(m).__name__}: {reason}" for m in methods if (reason := m.row_invariant(source.dtype, torch.device("cpu")))]
+    if not source.entry.load().row_invariant:
+        problems.append(f"{source.entry.name} ({source.entry.origin}): it does not say that rows are computed each for itself")
+    if source.pooling is not None:
+        problems.append(f"task {source.task!r}: what is pooled over chunks of a prompt depends on how it was cut")
+    if problems:
+        raise ConfigError(f"deterministic=True cannot be kept here. {'; '.join(dict.fromkeys(problems))}")

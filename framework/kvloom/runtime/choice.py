@@ -12,10 +12,15 @@ AUTO_ORDER = ("cpu", "torch", "reference")
 
 
 class BackendChooser:
-    """Makes the backend of each attention layer. Equal specs share one; `notes` says what was chosen and refused, and why."""
+    """Makes the backend of each attention layer. Equal specs share one; `notes` says what was chosen and refused, and why.
 
-    def __init__(self, registry: Registry[AttentionBackend], requested: str, machine: Machine) -> None:
-        self._registry, self._machine = registry, machine
+    Args:
+        requested: a name, or "auto".
+        deterministic: only those whose results do not depend on other rows.
+    """
+
+    def __init__(self, registry: Registry[AttentionBackend], requested: str, machine: Machine, *, deterministic: bool = False) -> None:
+        self._registry, self._machine, self._deterministic = registry, machine, deterministic
         self._names = AUTO_ORDER if requested == "auto" else (requested,)
         self._made: dict[AttentionSpec, AttentionBackend] = {}
         self.by_layer: dict[int, AttentionBackend] = {}
@@ -34,13 +39,18 @@ class BackendChooser:
             entry = self._registry.resolve(name)
             reason = entry.needs.unmet(self._machine, spec.dtype) if entry.needs else None
             backend = entry.load() if reason is None else None
-            reason = reason if backend is None else backend.supports(spec)
+            reason = reason if backend is None else self._problem(backend, spec)
             if backend is not None and reason is None:
                 self._note(name, refused)
                 return backend(spec)
             refused.append(f"{name}: {reason}")
         raise ConfigError(f"no attention backend can serve {spec}. Refused: {'; '.join(refused)}. "
                           f"Registered: {', '.join(self._registry.names())}; choose one with attention_backend=")
+
+    def _problem(self, backend: type[AttentionBackend], spec: AttentionSpec) -> str | None:
+        if self._deterministic and not backend.row_invariant:
+            return "deterministic=True, and its results may depend on other rows"
+        return backend.supports(spec)
 
     def _note(self, name: str, refused: list[str]) -> None:
         line = f"attention backend: {name}" + (f" (refused: {'; '.join(refused)})" if refused else "")

@@ -18,6 +18,7 @@ class CpuAttention(PagedAttention):
     """Keys and values lie as the kernel multiplies them, see `cache_shapes`."""
 
     graph_support = True
+    row_invariant = True
 
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__(spec)
