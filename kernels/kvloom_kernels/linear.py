@@ -53,10 +53,14 @@ class WeightShape(NamedTuple):
 
 @cache
 def product_kind() -> str:
-    """How bfloat16 is multiplied on this CPU: "native" (its instructions), "widened" (to float32), "torch" (there are no kernels)."""
+    """How bfloat16 is multiplied on this CPU.
+
+    Returns:
+        "tiles" (AMX), "native" (vector instructions of its own), "widened" (to float32), or "torch" where there are no kernels.
+    """
     if problem() is not None:
         return "torch"
-    return "native" if library().kvloom_has_native_bf16() else "widened"
+    return ("widened", "native", "tiles")[library().kvloom_bf16_products()]
 
 
 def can_pack(weight: Tensor) -> bool:

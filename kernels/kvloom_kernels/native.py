@@ -29,7 +29,7 @@ SIGNATURES = {
     "kvloom_run": (_P, _I, _B),
     "kvloom_packed_elements": (_I, _I, _B),
     "kvloom_panel_features": (),
-    "kvloom_has_native_bf16": (),
+    "kvloom_bf16_products": (),
     "kvloom_apply_bitmask": (_P, _I, _P, _P, _I, _I, _B, _B),
     "kvloom_attend_tokens": (_P, _I, _P, _I, _P, _I, _P, _I, _I, _I, _I, _I, _I, _F, _F, _B, _P, _B, _B),
     "kvloom_top_p": (_P, _P, _I, _I, _B),
@@ -38,7 +38,7 @@ SIGNATURES = {
     "kvloom_token_logprobs": (_P, _I, _P, _I, _P, _P, _P, _I, _I, _B, _B),
 }
 """Argument types of the functions that are called as such, as their C++ files declare them. Kernels of a step are not, see plan.py."""
-RESULTS = {"kvloom_has_native_bf16": _B, "kvloom_packed_elements": _I, "kvloom_panel_features": _B}
+RESULTS = {"kvloom_bf16_products": _B, "kvloom_packed_elements": _I, "kvloom_panel_features": _B}
 
 
 class NativeUnavailableError(Exception):

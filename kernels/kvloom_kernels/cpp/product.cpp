@@ -9,6 +9,7 @@
 // A "gated" product multiplies with two halves of a weight's features, the gate and what it is multiplied with, and activates the gate.
 #include "common.h"
 #include "team.h"
+#include "tiles.h"
 #include <cmath>
 #include <vector>
 
@@ -115,15 +116,72 @@ template <class T, int R> void tile(const T* x, int64_t x_stride, int64_t k, con
     tile_of<R>(x, x_stride, k, first, second, out);
 }
 
-template <class T> using Tile = void (*)(const T*, int64_t, int64_t, const T*, const T*, float*);
-template <class T> inline Tile<T> tile_for(int64_t rows) {
-    static constexpr Tile<T> TILES[] = {nullptr, tile<T, 1>, tile<T, 2>, tile<T, 3>, tile<T, 4>, tile<T, 5>, tile<T, 6>
+// Multiplies some rows with two panels by vector instructions.
+template <class T> struct ByVectors {
+    // Rows are spread evenly: 64 of them are 6 tiles of 10 or 11, not 5 of 12 and one of 4.
+    static int64_t tiles(int64_t rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
+    static int64_t first_row(int64_t tile, int64_t rows) { return rows * tile / tiles(rows); }
+    static constexpr int64_t MOST_ROWS = TILE_ROWS;
+
+    void operator()(const T* x, int64_t x_stride, int64_t rows, int64_t k, const T* first, const T* second, float* out) {
+        static constexpr void (*TILES[])(const T*, int64_t, int64_t, const T*, const T*, float*) = {
+            nullptr, tile<T, 1>, tile<T, 2>, tile<T, 3>, tile<T, 4>, tile<T, 5>, tile<T, 6>
 #ifdef __AVX512F__
-                                        , tile<T, 7>, tile<T, 8>, tile<T, 9>, tile<T, 10>, tile<T, 11>, tile<T, 12>
+            , tile<T, 7>, tile<T, 8>, tile<T, 9>, tile<T, 10>, tile<T, 11>, tile<T, 12>
 #endif
-    };
-    return TILES[rows];
-}
+        };
+        TILES[rows](x, x_stride, k, first, second, out);
+    }
+};
+
+#ifdef HAS_TILES
+// The same by AMX, for k in whole tiles.
+class ByTiles {
+public:
+    static int64_t tiles(int64_t rows) { return (rows + MOST_ROWS - 1) / MOST_ROWS; }
+    static int64_t first_row(int64_t tile, int64_t rows) { return tile * MOST_ROWS < rows ? tile * MOST_ROWS : rows; }
+    static constexpr int64_t MOST_ROWS = 2 * TILE_ROWS_MOST;
+
+    void operator()(const bf16* x, int64_t x_stride, int64_t rows, int64_t k, const bf16* first, const bf16* second, float* out) {
+        uint8_t above = uint8_t(rows < TILE_ROWS_MOST ? rows : TILE_ROWS_MOST), below = uint8_t(rows - above);
+        uint8_t low = below ? below : above;
+        shapes_.set({above, above, low, low, above, low, 16, 16});
+        _tile_zero(0);
+        _tile_zero(1);
+        if (below) {
+            _tile_zero(2);
+            _tile_zero(3);
+            multiply<true>(x, x_stride, k, first, second);
+            _tile_stored(2, out + above * 2 * PANEL, OUT_BYTES);
+            _tile_stored(3, out + above * 2 * PANEL + PANEL, OUT_BYTES);
+        } else {
+            multiply<false>(x, x_stride, k, first, second);
+        }
+        _tile_stored(0, out, OUT_BYTES);
+        _tile_stored(1, out + PANEL, OUT_BYTES);
+    }
+
+private:
+    static constexpr int64_t OUT_BYTES = 2 * PANEL * sizeof(float), WEIGHT_BYTES = 2 * PANEL * sizeof(bf16);
+    TileShapes shapes_;
+
+    template <bool BELOW> void multiply(const bf16* x, int64_t x_stride, int64_t k, const bf16* first, const bf16* second) {
+        int64_t x_bytes = x_stride * sizeof(bf16);
+        for (int64_t i = 0; i < k; i += TILE_DEPTH) {
+            _tile_loadd(6, first + i * PANEL, WEIGHT_BYTES);
+            _tile_loadd(7, second + i * PANEL, WEIGHT_BYTES);
+            _tile_loadd(4, x + i, x_bytes);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            if (BELOW) {
+                _tile_loadd(5, x + TILE_ROWS_MOST * x_stride + i, x_bytes);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+    }
+};
+#endif
 
 enum Finish : int64_t { PLAIN = 0, SILU = 1, GELU = 2, GELU_TANH = 3 };
 
@@ -169,19 +227,20 @@ template <class T, class O> inline void store_gated(const Product& p, O* out, fl
     store_n<O>(out + first, rounded<T>(activated(gate, p.finish)) * up, int(count));
 }
 
-template <class T, class O> void product(const Product& p, const Team& team) {
+template <class T, class O, class Multiply> void product(const Product& p, const Team& team) {
     // Pairs of panels: neighbours, or the same place of either half.
-    int64_t panels = (p.n + PANEL - 1) / PANEL, elements = panel_elements<T>(p.k), tiles = (p.rows + TILE_ROWS - 1) / TILE_ROWS;
+    int64_t panels = (p.n + PANEL - 1) / PANEL, elements = panel_elements<T>(p.k), tiles = Multiply::tiles(p.rows);
     int64_t pairs = p.finish ? (p.n / 2 + PANEL - 1) / PANEL : (panels + 1) / 2;
-    alignas(64) float sums[TILE_ROWS * 2 * PANEL];
+    alignas(64) float sums[Multiply::MOST_ROWS * 2 * PANEL];
+    Multiply multiply;
     for (int64_t begin; (begin = team.take(PAIRS_AT_ONCE)) < pairs;)
         for (int64_t pair = begin; pair < begin + PAIRS_AT_ONCE && pair < pairs; pair++) {
             int64_t one = p.finish ? pair : 2 * pair, other = p.finish ? panels / 2 + pair : 2 * pair + 1;
             const T *first = (const T*)p.weight + one * elements, *second = (const T*)p.weight + other * elements;
             if (other >= panels) second = first;  // its sums are not stored
-            for (int64_t t = 0; t < tiles; t++) {  // spread evenly: 64 rows are 6 tiles of 10 or 11, not 5 of 12 and one of 4
-                int64_t row = p.rows * t / tiles, count = p.rows * (t + 1) / tiles - row;
-                tile_for<T>(count)((const T*)p.x + row * p.x_stride, p.x_stride, p.k, first, second, sums);
+            for (int64_t t = 0; t < tiles; t++) {
+                int64_t row = Multiply::first_row(t, p.rows), count = Multiply::first_row(t + 1, p.rows) - row;
+                multiply((const T*)p.x + row * p.x_stride, p.x_stride, count, p.k, first, second, sums);
                 for (int64_t r = 0; r < count; r++) {
                     O* out = (O*)p.out + (row + r) * p.out_stride;
                     if (p.finish) {
@@ -193,6 +252,13 @@ template <class T, class O> void product(const Product& p, const Team& team) {
                 }
             }
         }
+}
+
+template <class O> void product_of_bf16(const Product& p, const Team& team) {
+#ifdef HAS_TILES
+    if (p.k % TILE_DEPTH == 0 && may_use_tiles()) return product<bf16, O, ByTiles>(p, team);
+#endif
+    product<bf16, O, ByVectors<bf16>>(p, team);
 }
 
 struct Packing {
@@ -249,8 +315,8 @@ template <class T> void lookup(const Lookup& l, const Team& team) {
 // panels, and out [rows, n / 2].
 extern "C" void kvloom_product(const void* arguments, const Team& team) {
     const Product& p = *(const Product*)arguments;
-    if (!p.is_bf16) return product<float, float>(p, team);
-    p.is_widened ? product<bf16, float>(p, team) : product<bf16, bf16>(p, team);
+    if (!p.is_bf16) return product<float, float, ByVectors<float>>(p, team);
+    p.is_widened ? product_of_bf16<float>(p, team) : product_of_bf16<bf16>(p, team);
 }
 
 // weight [rows, k] -> panels, or back.
@@ -273,8 +339,9 @@ extern "C" int64_t kvloom_packed_elements(int64_t n, int64_t k, int is_bf16) {
 // Features of a panel: a gated product needs halves of whole panels.
 extern "C" int kvloom_panel_features() { return PANEL; }
 
-// 1 when bfloat16 is multiplied natively.
-extern "C" int kvloom_has_native_bf16() {
+// How bfloat16 is multiplied: 0 widened to float32, 1 by vector instructions of its own, 2 by tiles.
+extern "C" int kvloom_bf16_products() {
+    if (may_use_tiles()) return 2;
 #ifdef __AVX512BF16__
     return 1;
 #else
