@@ -6,32 +6,15 @@
 // softmax (Milakov and Gimelshein, 2018). Rounds begin at multiples of 64 and every 512 keys are summed up for themselves and then
 // folded in order, so a query's result does not depend on its neighbours, nor on how its context is shared out among threads. Slots
 // that no query of the item sees are never multiplied, whatever they hold.
-#include "pairs.h"
+#include "attention_rounds.h"
+#include "attention_tiles.h"
 #include "team.h"
-#include <cmath>
-#include <vector>
 
 namespace {
 
 constexpr int MAX_ROWS = 64;   // query rows of an item: enough to use each key load, small enough for the first-level cache
-constexpr int GROUPS = 4;      // 16 keys each, in one softmax round
-constexpr int64_t ROUND = GROUPS * LANES;
 constexpr int64_t CHUNK = 512;  // keys that are summed up for themselves; a multiple of ROUND
 constexpr int MAX_SPLIT_ROWS = 16;
-constexpr float NONE = -INFINITY;
-
-struct Attend {
-    const void *q, *k_cache, *v_cache;
-    const int32_t *tables, *query_starts, *contexts;
-    const float* sinks;
-    void* out;
-    void* workspace;  // zeroed once; `workspace_bytes` of it
-    int64_t workspace_bytes, q_stride, table_stride, rows, heads, kv_heads, dim, value_dim, block_tokens, window, causal, is_bf16;
-    float scale, soft_cap;
-};
-
-inline int64_t whole(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-inline int64_t row_width(const Attend& s) { return whole(s.value_dim, LANES); }
 
 struct Item {
     int64_t row, kv_head, first_token, num_tokens;  // tokens of the row's range
@@ -44,142 +27,6 @@ inline int64_t first_seen(const Attend& s, int64_t position) {
 inline int64_t last_seen(const Attend& s, int64_t position, int64_t context) {
     if (s.causal) return position + 1;
     return s.window && position + s.window < context ? position + s.window : context;
-}
-
-// 16 keys and their values, and which of them any row of the item sees.
-template <class T> struct Keys {
-    const T *keys, *values;
-    int64_t stride;  // elements from one step of `keys` to the next
-    int from, to;
-    const T *next_keys, *next_values;  // what will be read one round later: fetched line by line meanwhile; or null
-};
-
-// An item's rows: what they are, and the sums of one chunk.
-template <class T> struct Rows {
-    int count;
-    int64_t q_steps;
-    std::vector<typename Pairs<T>::Scalar> q;  // [rows][steps]
-    std::vector<int64_t> first, last;
-    std::vector<float> best, total, out;
-    std::vector<float> all_best, all_total, all_out;
-};
-
-template <class T, int R> inline void scores_of(const Rows<T>& w, int m, const Keys<T>& k, f32x16* scores) {
-    f32x16 even[R] = {}, odd[R] = {};  // two sums a row hide the latency of few rows
-    const auto* q = w.q.data() + m * w.q_steps;
-    int64_t i = 0;
-    const T* next = m == 0 ? k.next_keys : nullptr;
-    for (; i + 1 < w.q_steps; i += 2) {
-        if (next) {
-            __builtin_prefetch(next + i * k.stride);
-            __builtin_prefetch(next + (i + 1) * k.stride);
-        }
-        for (int r = 0; r < R; r++) {
-            Pairs<T>::multiply(even[r], q[r * w.q_steps + i], k.keys + i * k.stride);
-            Pairs<T>::multiply(odd[r], q[r * w.q_steps + i + 1], k.keys + (i + 1) * k.stride);
-        }
-    }
-    if (i < w.q_steps)
-        for (int r = 0; r < R; r++) Pairs<T>::multiply(even[r], q[r * w.q_steps + i], k.keys + i * k.stride);
-    for (int r = 0; r < R; r++) scores[r] = even[r] + odd[r];
-}
-
-// Weights of 16 keys as values take them, and their sum.
-inline float as_factors(f32x16 p, float* out) {
-    store<float>(out, p);
-    return sum(p);
-}
-inline float as_factors(f32x16 p, uint32_t* out) {
-    u16x16 bits = narrow(p);
-    std::memcpy(out, &bits, sizeof bits);
-    return sum(widen(bits));
-}
-
-// out[column...] += factors times values, over one group; C vectors of the result at a time.
-template <class T, int R, int C>
-inline void add_values(const Attend& s, const typename Pairs<T>::Scalar (*factors)[LANES / Pairs<T>::SIDE], const Keys<T>& k, float* out,
-                       int64_t column, bool fetches) {
-    constexpr int SIDE = Pairs<T>::SIDE;
-    int64_t width = row_width(s);
-    f32x16 sums[R][C];
-    for (int r = 0; r < R; r++)
-        for (int c = 0; c < C; c++) sums[r][c] = load<float>(out + r * width + column + c * LANES);
-    for (int j = k.from / SIDE; j * SIDE < k.to; j++) {
-        bool is_cut = j * SIDE < k.from || (j + 1) * SIDE > k.to;  // half of the pair is nobody's
-        for (int c = 0; c < C; c++) {
-            int64_t at = column + c * LANES;
-            alignas(64) T v[LANES * SIDE] = {};
-            const T* values = k.values + (j * s.value_dim + at) * SIDE;
-            if (fetches) __builtin_prefetch(k.next_values + (j * s.value_dim + at) * SIDE);
-            int count = s.value_dim - at < LANES ? int(s.value_dim - at) : LANES;
-            if (is_cut || count < LANES) {
-                int keep = j * SIDE < k.from ? 1 : 0;
-                for (int i = 0; i < count; i++)
-                    if (is_cut)
-                        v[i * SIDE + keep] = values[i * SIDE + keep];
-                    else
-                        std::memcpy(v + i * SIDE, values + i * SIDE, SIDE * sizeof(T));
-                values = v;
-            }
-            for (int r = 0; r < R; r++) Pairs<T>::multiply(sums[r][c], factors[r][j], values);
-        }
-    }
-    for (int r = 0; r < R; r++)
-        for (int c = 0; c < C; c++) store<float>(out + r * width + column + c * LANES, sums[r][c]);
-}
-
-inline void cap(f32x16& x, float soft_cap) {
-    for (int j = 0; j < LANES; j++) x[j] = soft_cap * std::tanh(x[j] / soft_cap);
-}
-
-// Rows [m, m + R) of an item against the groups of one round, which begin at `positions`.
-template <class T, int R>
-void one_round(const Attend& s, Rows<T>& w, int m, const Keys<T>* groups, int count, const int64_t* positions) {
-    f32x16 p[GROUPS][R] = {};
-    const f32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    for (int g = 0; g < count; g++) {
-        scores_of<T, R>(w, m, groups[g], p[g]);
-        for (int r = 0; r < R; r++) {
-            p[g][r] *= s.scale;
-            if (s.soft_cap > 0) cap(p[g][r], s.soft_cap);
-            float from = float(w.first[m + r] - positions[g]), to = float(w.last[m + r] - positions[g]);
-            to = to < float(groups[g].to) ? to : float(groups[g].to);
-            if (from > 0 || to < LANES) p[g][r] = (lane >= splat(from)) & (lane < splat(to)) ? p[g][r] : splat(NONE);
-        }
-    }
-    int64_t width = row_width(s);
-    typename Pairs<T>::Scalar factors[GROUPS][R][LANES / Pairs<T>::SIDE];
-    for (int r = 0; r < R; r++) {
-        f32x16 most = p[0][r];
-        for (int g = 1; g < count; g++) most = p[g][r] > most ? p[g][r] : most;
-        float before = w.best[m + r], best = largest(most);
-        best = best > before ? best : before;
-        float total = 0;
-        for (int g = 0; g < count; g++)
-            total += as_factors(p[g][r] > NONE ? exponential(p[g][r] - best) : f32x16{}, factors[g][r]);
-        if (best > before && before != NONE) {
-            float shrink = std::exp(before - best), *out = w.out.data() + (m + r) * width;
-            w.total[m + r] *= shrink;
-            for (int64_t d = 0; d < width; d += LANES) store<float>(out + d, load<float>(out + d) * shrink);
-        }
-        w.best[m + r] = best;
-        w.total[m + r] += total;
-    }
-    float* out = w.out.data() + m * width;
-    for (int g = 0; g < count; g++) {
-        int64_t column = 0;
-        bool fetches = m == 0 && groups[g].next_values;
-        for (; column + 4 * LANES <= s.value_dim; column += 4 * LANES) add_values<T, R, 4>(s, factors[g], groups[g], out, column, fetches);
-        for (; column < s.value_dim; column += LANES) add_values<T, R, 1>(s, factors[g], groups[g], out, column, fetches);
-    }
-}
-
-template <class T> void all_rows(const Attend& s, Rows<T>& w, const Keys<T>* groups, int count, const int64_t* positions) {
-    int m = 0;
-    for (; m + 4 <= w.count; m += 4) one_round<T, 4>(s, w, m, groups, count, positions);
-    if (w.count - m == 3) one_round<T, 3>(s, w, m, groups, count, positions);
-    if (w.count - m == 2) one_round<T, 2>(s, w, m, groups, count, positions);
-    if (w.count - m == 1) one_round<T, 1>(s, w, m, groups, count, positions);
 }
 
 // Reads an item's blocks, 16 keys at a time.
@@ -230,10 +77,10 @@ template <class T> struct Cache {
 };
 
 // Sums of the keys [begin, end) of an item that its rows see; they lie in one chunk.
-template <class T> void sum_chunk(const Attend& s, Rows<T>& w, Cache<T>& cache, int64_t begin, int64_t end) {
+template <class T, class Round> void sum_chunk(const Attend& s, Rows<T>& w, Round& one_round, Cache<T>& cache, int64_t begin, int64_t end) {
     w.best.assign(w.count, NONE);
     w.total.assign(w.count, 0.0f);
-    w.out.assign(w.count * row_width(s), 0.0f);
+    w.out.assign(whole(w.count, Round::ROW_UNIT) * row_width(s), 0.0f);
     int64_t last = w.last[w.count - 1];
     begin = begin > w.first[0] ? begin : w.first[0];
     end = end < w.last[w.count - 1] ? end : w.last[w.count - 1];
@@ -247,7 +94,7 @@ template <class T> void sum_chunk(const Attend& s, Rows<T>& w, Cache<T>& cache, 
             groups[count] = cache.group(position, from, to, count, last);
             positions[count++] = position;
         }
-        all_rows<T>(s, w, groups, count, positions);
+        one_round(s, w, groups, count, positions);
     }
 }
 
@@ -274,12 +121,12 @@ template <class T> void put_row(const Attend& s, const Item& item, int m, float 
         store_n<T>(to + d, load<float>(sums + d) * (factor / total), int(s.value_dim - d));
 }
 
-template <class T> void read_queries(const Attend& s, const Item& item, Rows<T>& w) {
+template <class T> void read_queries(const Attend& s, const Item& item, int64_t row_unit, Rows<T>& w) {
     int64_t group = s.heads / s.kv_heads, start = s.query_starts[item.row], context = s.contexts[item.row];
     int64_t tokens = s.query_starts[item.row + 1] - start;
     w.count = int(item.num_tokens * group);
     w.q_steps = whole(s.dim, Pairs<T>::SIDE) / Pairs<T>::SIDE;
-    w.q.resize(w.count * w.q_steps);
+    w.q.resize(whole(w.count, row_unit) * w.q_steps);
     w.first.resize(w.count);
     w.last.resize(w.count);
     for (int m = 0; m < w.count; m++) {
@@ -293,15 +140,15 @@ template <class T> void read_queries(const Attend& s, const Item& item, Rows<T>&
 }
 
 // One item from its first chunk to its last.
-template <class T> void compute(const Attend& s, const Item& item, Rows<T>& w) {
-    read_queries<T>(s, item, w);
+template <class T, class Round> void compute(const Attend& s, const Item& item, Rows<T>& w, Round& round) {
+    read_queries<T>(s, item, Round::ROW_UNIT, w);
     int64_t width = row_width(s), end = w.last[w.count - 1];
     w.all_best.assign(w.count, NONE);
     w.all_total.assign(w.count, 0.0f);
     w.all_out.assign(w.count * width, 0.0f);
     Cache<T> cache(s, item.row, item.kv_head);
     for (int64_t begin = w.first[0] / CHUNK * CHUNK; begin < end; begin += CHUNK) {
-        sum_chunk<T>(s, w, cache, begin, begin + CHUNK);
+        sum_chunk(s, w, round, cache, begin, begin + CHUNK);
         for (int m = 0; m < w.count; m++)
             fold(w.all_best[m], w.all_total[m], w.all_out.data() + m * width, w.best[m], w.total[m], w.out.data() + m * width, width);
     }
@@ -320,10 +167,11 @@ struct Parts {
 };
 
 // One chunk of an item; whoever does the last one folds them all, in order.
-template <class T> void compute_part(const Attend& s, const Item& item, const Parts& parts, int64_t chunk, Rows<T>& w) {
-    read_queries<T>(s, item, w);
+template <class T, class Round>
+void compute_part(const Attend& s, const Item& item, const Parts& parts, int64_t chunk, Rows<T>& w, Round& round) {
+    read_queries<T>(s, item, Round::ROW_UNIT, w);
     Cache<T> cache(s, item.row, item.kv_head);
-    sum_chunk<T>(s, w, cache, chunk * CHUNK, (chunk + 1) * CHUNK);
+    sum_chunk(s, w, round, cache, chunk * CHUNK, (chunk + 1) * CHUNK);
     int64_t width = row_width(s), size = w.count * parts.row_floats;
     float* mine = parts.sums + (chunk - parts.first_chunk) * size;
     for (int m = 0; m < w.count; m++) {
@@ -368,7 +216,7 @@ inline std::vector<Parts> share_out(const Attend& s, const std::vector<Item>& it
     return parts;
 }
 
-template <class T> void attend(const Attend& s, const Team& team) {
+template <class T, class Round> void attend(const Attend& s, const Team& team) {
     std::vector<Item> items;
     int64_t group = s.heads / s.kv_heads, most = MAX_ROWS / group > 0 ? MAX_ROWS / group : 1;
     for (int64_t row = 0; row < s.rows; row++) {
@@ -382,12 +230,13 @@ template <class T> void attend(const Attend& s, const Team& team) {
     for (size_t i = 0; i < parts.size(); i++)
         for (int64_t c = 0; c < parts[i].chunks; c++) jobs.push_back({int64_t(i), parts[i].first_chunk + c});
     Rows<T> w;
+    Round round;
     int64_t total = parts.empty() ? items.size() : jobs.size();
     for (int64_t i; (i = team.take(1)) < total;)
         if (parts.empty())
-            compute<T>(s, items[i], w);
+            compute(s, items[i], w, round);
         else
-            compute_part<T>(s, items[jobs[i].item], parts[jobs[i].item], jobs[i].chunk, w);
+            compute_part(s, items[jobs[i].item], parts[jobs[i].item], jobs[i].chunk, w, round);
 }
 
 }  // namespace
@@ -396,5 +245,9 @@ template <class T> void attend(const Attend& s, const Team& team) {
 // contexts [rows]; sinks [heads] or null; out [T, heads, value_dim]. window 0 and soft_cap 0 mean none.
 extern "C" void kvloom_attend(const void* arguments, const Team& team) {
     const Attend& s = *(const Attend*)arguments;
-    s.is_bf16 ? attend<bf16>(s, team) : attend<float>(s, team);
+    if (!s.is_bf16) return attend<float, RoundByVectors<float>>(s, team);
+#ifdef HAS_TILES
+    if (RoundByTiles::takes(s)) return attend<bf16, RoundByTiles>(s, team);
+#endif
+    attend<bf16, RoundByVectors<bf16>>(s, team);
 }

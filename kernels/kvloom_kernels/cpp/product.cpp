@@ -26,7 +26,7 @@ typedef uint32_t uvec __attribute__((vector_size(32)));
 #endif
 constexpr int STREAMED_ROWS = 4;    // up to here the weight is read faster than it is multiplied: fetch it in advance
 constexpr int AHEAD_BYTES = 2048;
-constexpr int64_t PAIRS_AT_ONCE = 2;  // of panels
+constexpr int64_t PAIRS_AT_ONCE = 1;  // of panels
 
 template <class V, class P> inline V read(const P* p) {
     V out;
@@ -216,6 +216,16 @@ template <class T, class O> inline void store_panel(const Product& p, O* out, fl
     put_n<O>(out + first, sums, count_at(first, p.n));
 }
 
+// One row of two panels side by side.
+template <class T, class O> inline void store_pair(const Product& p, O* out, float* sums, int64_t first) {
+    if (first + 2 * PANEL <= p.n && !p.bias) {
+        for (int64_t i = 0; i < 2 * PANEL; i += LANES) store<O>(out + first + i, load<float>(sums + i));
+        return;
+    }
+    store_panel<T, O>(p, out, sums, first);
+    store_panel<T, O>(p, out, sums + PANEL, first + PANEL);
+}
+
 // One row of a gated product: `sums` are of PANEL features of the gate, and of those that it is multiplied with.
 template <class T, class O> inline void store_gated(const Product& p, O* out, float* sums, int64_t first) {
     int64_t width = p.n / 2, count = count_at(first, width);
@@ -246,8 +256,7 @@ template <class T, class O, class Multiply> void product(const Product& p, const
                     if (p.finish) {
                         store_gated<T, O>(p, out, sums + 2 * r * PANEL, one * PANEL);
                     } else {
-                        store_panel<T, O>(p, out, sums + 2 * r * PANEL, one * PANEL);
-                        store_panel<T, O>(p, out, sums + (2 * r + 1) * PANEL, other * PANEL);
+                        store_pair<T, O>(p, out, sums + 2 * r * PANEL, one * PANEL);
                     }
                 }
             }

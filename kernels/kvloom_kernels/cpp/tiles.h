@@ -20,16 +20,19 @@ inline bool may_use_tiles() {
     return granted;
 }
 
-// The rows that each of the eight tiles has, all of 64 bytes, until the end of the scope. Setting them clears the tiles.
+// The rows and bytes of a row of each of the eight tiles, until the end of the scope. Setting them clears the tiles.
 class TileShapes {
 public:
     ~TileShapes() {
         if (is_set_) _tile_release();
     }
 
-    void set(const uint8_t (&rows)[8]) {
-        if (is_set_ && std::memcmp(rows, shapes_.rows, sizeof rows) == 0) return;
-        std::memcpy(shapes_.rows, rows, sizeof rows);
+    void set(const uint8_t (&rows)[8], const uint8_t (&row_bytes)[8] = {64, 64, 64, 64, 64, 64, 64, 64}) {
+        if (is_set_ && std::memcmp(rows, shapes_.rows, sizeof rows) == 0) return;  // one user asks for one set of row_bytes
+        for (int i = 0; i < 8; i++) {
+            shapes_.rows[i] = rows[i];
+            shapes_.row_bytes[i] = row_bytes[i];
+        }
         _tile_loadconfig(&shapes_);
         is_set_ = true;
     }
@@ -37,7 +40,7 @@ public:
 private:
     struct alignas(64) {
         uint8_t palette = 1, start_row = 0, reserved[14] = {};
-        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint16_t row_bytes[16] = {};
         uint8_t rows[16] = {};
     } shapes_;
     bool is_set_ = false;
