@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,11 @@ CODE = "from kvloom_kernels import native; print(native.problem())"
 def problem_with(**variables: str) -> str:
     done = subprocess.run([sys.executable, "-c", CODE], env={**os.environ, **variables}, capture_output=True, text=True, check=True)
     return done.stdout.strip()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++, with which the kernels are known to compile")
+def test_the_kernels_compile() -> None:
+    assert native.problem() is None
 
 
 needs_compiler = pytest.mark.skipif(native.problem() is not None, reason=f"the C++ kernels are not there: {native.problem()}")

@@ -13,7 +13,7 @@
 namespace {
 
 constexpr int MAX_ROWS = 64;   // query rows of an item: enough to use each key load, small enough for the first-level cache
-constexpr int64_t CHUNK = 512;  // keys that are summed up for themselves; a multiple of ROUND
+constexpr int64_t CHUNK = 512;  // keys that are summed up for themselves; some whole rounds
 constexpr int MAX_SPLIT_ROWS = 16;
 
 struct Item {
@@ -30,8 +30,8 @@ inline int64_t last_seen(const Attend& s, int64_t position, int64_t context) {
 }
 
 // Reads an item's blocks, 16 keys at a time.
-template <class T> struct Cache {
-    static constexpr int64_t SIDE = Pairs<T>::SIDE;
+template <class T, class Round> struct Cache {
+    static constexpr int64_t SIDE = Pairs<T>::SIDE, ROUND = Round::GROUPS_AT_ONCE * LANES;
     const Attend& s;
     const int32_t* table;
     int64_t kv_head, key_elements, value_elements, group_elements;
@@ -43,7 +43,7 @@ template <class T> struct Cache {
         value_elements = whole(s.block_tokens, SIDE) * s.value_dim;
         group_elements = (whole(s.dim, SIDE) + s.value_dim) * LANES;
         is_whole = s.block_tokens % LANES == 0;
-        if (!is_whole) copies.resize(GROUPS * group_elements);
+        if (!is_whole) copies.resize(Round::GROUPS_AT_ONCE * group_elements);
     }
 
     const T* keys(int64_t block) const { return (const T*)s.k_cache + (table[block] * s.kv_heads + kv_head) * key_elements; }
@@ -77,15 +77,17 @@ template <class T> struct Cache {
 };
 
 // Sums of the keys [begin, end) of an item that its rows see; they lie in one chunk.
-template <class T, class Round> void sum_chunk(const Attend& s, Rows<T>& w, Round& one_round, Cache<T>& cache, int64_t begin, int64_t end) {
+template <class T, class Round> void sum_chunk(const Attend& s, Rows<T>& w, Round& one_round, Cache<T, Round>& cache, int64_t begin, int64_t end) {
     w.best.assign(w.count, NONE);
     w.total.assign(w.count, 0.0f);
     w.out.assign(whole(w.count, Round::ROW_UNIT) * row_width(s), 0.0f);
     int64_t last = w.last[w.count - 1];
     begin = begin > w.first[0] ? begin : w.first[0];
     end = end < w.last[w.count - 1] ? end : w.last[w.count - 1];
-    Keys<T> groups[GROUPS];
-    int64_t positions[GROUPS];
+    constexpr int64_t ROUND = Cache<T, Round>::ROUND;
+    static_assert(CHUNK % ROUND == 0);
+    Keys<T> groups[Round::GROUPS_AT_ONCE];
+    int64_t positions[Round::GROUPS_AT_ONCE];
     for (int64_t round = begin / ROUND * ROUND; round < end; round += ROUND) {
         int count = 0;
         for (int64_t position = round; position < round + ROUND && position < end; position += LANES) {
@@ -146,7 +148,7 @@ template <class T, class Round> void compute(const Attend& s, const Item& item, 
     w.all_best.assign(w.count, NONE);
     w.all_total.assign(w.count, 0.0f);
     w.all_out.assign(w.count * width, 0.0f);
-    Cache<T> cache(s, item.row, item.kv_head);
+    Cache<T, Round> cache(s, item.row, item.kv_head);
     for (int64_t begin = w.first[0] / CHUNK * CHUNK; begin < end; begin += CHUNK) {
         sum_chunk(s, w, round, cache, begin, begin + CHUNK);
         for (int m = 0; m < w.count; m++)
@@ -170,7 +172,7 @@ struct Parts {
 template <class T, class Round>
 void compute_part(const Attend& s, const Item& item, const Parts& parts, int64_t chunk, Rows<T>& w, Round& round) {
     read_queries<T>(s, item, Round::ROW_UNIT, w);
-    Cache<T> cache(s, item.row, item.kv_head);
+    Cache<T, Round> cache(s, item.row, item.kv_head);
     sum_chunk(s, w, round, cache, chunk * CHUNK, (chunk + 1) * CHUNK);
     int64_t width = row_width(s), size = w.count * parts.row_floats;
     float* mine = parts.sums + (chunk - parts.first_chunk) * size;

@@ -1,5 +1,5 @@
-// One round of attention: some rows of queries against 64 keys of a paged cache, by vector instructions. attention_tiles.h does the same
-// by AMX. What is computed where is attention.cpp's.
+// One round of attention: some rows of queries against 64 keys of a paged cache, by vector instructions. attention_tiles.h has rounds of
+// more keys by AMX. What is computed where is attention.cpp's.
 #pragma once
 #include "pairs.h"
 #include <cmath>
@@ -7,8 +7,7 @@
 
 namespace {
 
-constexpr int GROUPS = 4;  // 16 keys each, in one softmax round
-constexpr int64_t ROUND = GROUPS * LANES;
+constexpr int GROUPS = 4;  // 16 keys each, in one round
 constexpr float NONE = -INFINITY;
 
 struct Attend {
@@ -110,25 +109,28 @@ inline void cap(f32x16& x, float soft_cap) {
     for (int j = 0; j < LANES; j++) x[j] = soft_cap * std::tanh(x[j] / soft_cap);
 }
 
-// Scores of one row against 64 keys -> the factors of their values, and the row's sums made ready for them.
+// Scores of one row against a round's keys -> the factors of their values, and the row's sums made ready for them.
 template <class T>
-inline void softmax_round(const Attend& s, Rows<T>& w, int m, f32x16* p, const Keys<T>* groups, int count, const int64_t* positions,
+inline void softmax_round(const Attend& s, Rows<T>& w, int m, float* scores, const Keys<T>* groups, int count, const int64_t* positions,
                           typename Pairs<T>::Scalar* factors) {
     const f32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     f32x16 most = splat(NONE);
     for (int g = 0; g < count; g++) {
-        p[g] *= s.scale;
-        if (s.soft_cap > 0) cap(p[g], s.soft_cap);
+        f32x16 p = load<float>(scores + g * LANES) * s.scale;
+        if (s.soft_cap > 0) cap(p, s.soft_cap);
         float from = float(w.first[m] - positions[g]), to = float(w.last[m] - positions[g]);
         to = to < float(groups[g].to) ? to : float(groups[g].to);
-        if (from > 0 || to < LANES) p[g] = (lane >= splat(from)) & (lane < splat(to)) ? p[g] : splat(NONE);
-        most = p[g] > most ? p[g] : most;
+        if (from > 0 || to < LANES) p = (lane >= splat(from)) & (lane < splat(to)) ? p : splat(NONE);
+        most = p > most ? p : most;
+        store<float>(scores + g * LANES, p);
     }
     float before = w.best[m], best = largest(most);
     best = best > before ? best : before;
     f32x16 total = {};
-    for (int g = 0; g < count; g++)
-        total += as_factors(p[g] > NONE ? exponential(p[g] - best) : f32x16{}, factors + g * (LANES / Pairs<T>::SIDE));
+    for (int g = 0; g < count; g++) {
+        f32x16 p = load<float>(scores + g * LANES);
+        total += as_factors(p > NONE ? exponential(p - best) : f32x16{}, factors + g * (LANES / Pairs<T>::SIDE));
+    }
     if (best > before && before != NONE) {
         int64_t width = row_width(s);
         float shrink = std::exp(before - best), *out = w.out.data() + m * width;
@@ -146,9 +148,9 @@ void one_round(const Attend& s, Rows<T>& w, int m, const Keys<T>* groups, int co
     for (int g = 0; g < count; g++) scores_of<T, R>(w, m, groups[g], p[g]);
     typename Pairs<T>::Scalar factors[R][GROUPS][LANES / Pairs<T>::SIDE];
     for (int r = 0; r < R; r++) {
-        f32x16 row[GROUPS];
-        for (int g = 0; g < count; g++) row[g] = p[g][r];
-        softmax_round<T>(s, w, m + r, row, groups, count, positions, factors[r][0]);
+        alignas(64) float scores[GROUPS * LANES];
+        for (int g = 0; g < count; g++) store<float>(scores + g * LANES, p[g][r]);
+        softmax_round<T>(s, w, m + r, scores, groups, count, positions, factors[r][0]);
     }
     float* out = w.out.data() + m * row_width(s);
     for (int g = 0; g < count; g++) {
@@ -161,6 +163,7 @@ void one_round(const Attend& s, Rows<T>& w, int m, const Keys<T>* groups, int co
 
 // All rows of an item against one round.
 template <class T> struct RoundByVectors {
+    static constexpr int GROUPS_AT_ONCE = GROUPS;
     static constexpr int64_t ROW_UNIT = 1;  // rows that the buffers are padded to
 
     void operator()(const Attend& s, Rows<T>& w, const Keys<T>* groups, int count, const int64_t* positions) {

@@ -11,6 +11,7 @@
 #include "team.h"
 #include "tiles.h"
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -26,7 +27,7 @@ typedef uint32_t uvec __attribute__((vector_size(32)));
 #endif
 constexpr int STREAMED_ROWS = 4;    // up to here the weight is read faster than it is multiplied: fetch it in advance
 constexpr int AHEAD_BYTES = 2048;
-constexpr int64_t PAIRS_AT_ONCE = 1;  // of panels
+constexpr int64_t BLOCK_BYTES = 512 * 1024;  // of rows that are multiplied with all panels before the next ones
 
 template <class V, class P> inline V read(const P* p) {
     V out;
@@ -116,6 +117,25 @@ template <class T, int R> void tile(const T* x, int64_t x_stride, int64_t k, con
     tile_of<R>(x, x_stride, k, first, second, out);
 }
 
+// Rows that are multiplied.
+template <class T> struct Rows {
+    const T* x;
+    int64_t stride, count, k;
+};
+
+// Where their results go. The lines are mostly in another core's cache: writing waits for each, unless it was asked for before.
+struct Results {
+    const char* first;
+    int64_t stride_bytes;
+    bool are_streamed;  // written past the caches
+
+    void fetch(int64_t step, int64_t rows) const {
+        constexpr int64_t AT_ONCE = 2;
+        if (are_streamed) return;
+        for (int64_t r = step * AT_ONCE; r < (step + 1) * AT_ONCE && r < rows; r++) __builtin_prefetch(first + r * stride_bytes, 1);
+    }
+};
+
 // Multiplies some rows with two panels by vector instructions.
 template <class T> struct ByVectors {
     // Rows are spread evenly: 64 of them are 6 tiles of 10 or 11, not 5 of 12 and one of 4.
@@ -123,27 +143,27 @@ template <class T> struct ByVectors {
     static int64_t first_row(int64_t tile, int64_t rows) { return rows * tile / tiles(rows); }
     static constexpr int64_t MOST_ROWS = TILE_ROWS;
 
-    void operator()(const T* x, int64_t x_stride, int64_t rows, int64_t k, const T* first, const T* second, float* out) {
+    void operator()(const Rows<T>& rows, const T* first, const T* second, const Results&, float* sums) {
         static constexpr void (*TILES[])(const T*, int64_t, int64_t, const T*, const T*, float*) = {
             nullptr, tile<T, 1>, tile<T, 2>, tile<T, 3>, tile<T, 4>, tile<T, 5>, tile<T, 6>
 #ifdef __AVX512F__
             , tile<T, 7>, tile<T, 8>, tile<T, 9>, tile<T, 10>, tile<T, 11>, tile<T, 12>
 #endif
         };
-        TILES[rows](x, x_stride, k, first, second, out);
+        TILES[rows.count](rows.x, rows.stride, rows.k, first, second, sums);
     }
 };
 
 #ifdef HAS_TILES
-// The same by AMX, for k in whole tiles.
+// The same by AMX, for k in whole tiles. Two tiles of rows and two panels at a time, so each tile that is loaded is used twice.
 class ByTiles {
 public:
+    static constexpr int64_t MOST_ROWS = 2 * TILE_ROWS_MOST;
     static int64_t tiles(int64_t rows) { return (rows + MOST_ROWS - 1) / MOST_ROWS; }
     static int64_t first_row(int64_t tile, int64_t rows) { return tile * MOST_ROWS < rows ? tile * MOST_ROWS : rows; }
-    static constexpr int64_t MOST_ROWS = 2 * TILE_ROWS_MOST;
 
-    void operator()(const bf16* x, int64_t x_stride, int64_t rows, int64_t k, const bf16* first, const bf16* second, float* out) {
-        uint8_t above = uint8_t(rows < TILE_ROWS_MOST ? rows : TILE_ROWS_MOST), below = uint8_t(rows - above);
+    void operator()(const Rows<bf16>& rows, const bf16* first, const bf16* second, const Results& results, float* sums) {
+        uint8_t above = uint8_t(rows.count < TILE_ROWS_MOST ? rows.count : TILE_ROWS_MOST), below = uint8_t(rows.count - above);
         uint8_t low = below ? below : above;
         shapes_.set({above, above, low, low, above, low, 16, 16});
         _tile_zero(0);
@@ -151,30 +171,33 @@ public:
         if (below) {
             _tile_zero(2);
             _tile_zero(3);
-            multiply<true>(x, x_stride, k, first, second);
-            _tile_stored(2, out + above * 2 * PANEL, OUT_BYTES);
-            _tile_stored(3, out + above * 2 * PANEL + PANEL, OUT_BYTES);
+            multiply<true>(rows, first, second, results);
+            float* low_sums = sums + TILE_ROWS_MOST * 2 * PANEL;
+            _tile_stored(2, low_sums, SUMS_BYTES);
+            _tile_stored(3, low_sums + PANEL, SUMS_BYTES);
         } else {
-            multiply<false>(x, x_stride, k, first, second);
+            multiply<false>(rows, first, second, results);
         }
-        _tile_stored(0, out, OUT_BYTES);
-        _tile_stored(1, out + PANEL, OUT_BYTES);
+        _tile_stored(0, sums, SUMS_BYTES);
+        _tile_stored(1, sums + PANEL, SUMS_BYTES);
     }
 
 private:
-    static constexpr int64_t OUT_BYTES = 2 * PANEL * sizeof(float), WEIGHT_BYTES = 2 * PANEL * sizeof(bf16);
+    static constexpr int64_t SUMS_BYTES = 2 * PANEL * sizeof(float), WEIGHT_BYTES = 2 * PANEL * sizeof(bf16);
     TileShapes shapes_;
 
-    template <bool BELOW> void multiply(const bf16* x, int64_t x_stride, int64_t k, const bf16* first, const bf16* second) {
-        int64_t x_bytes = x_stride * sizeof(bf16);
-        for (int64_t i = 0; i < k; i += TILE_DEPTH) {
+    template <bool BELOW> void multiply(const Rows<bf16>& rows, const bf16* first, const bf16* second, const Results& results) {
+        int64_t x_bytes = rows.stride * sizeof(bf16);
+        const bf16* x_below = rows.x + TILE_ROWS_MOST * rows.stride;
+        for (int64_t i = 0; i < rows.k; i += TILE_DEPTH) {
+            results.fetch(i / TILE_DEPTH, rows.count);
             _tile_loadd(6, first + i * PANEL, WEIGHT_BYTES);
             _tile_loadd(7, second + i * PANEL, WEIGHT_BYTES);
-            _tile_loadd(4, x + i, x_bytes);
+            _tile_loadd(4, rows.x + i, x_bytes);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
             if (BELOW) {
-                _tile_loadd(5, x + TILE_ROWS_MOST * x_stride + i, x_bytes);
+                _tile_loadd(5, x_below + i, x_bytes);
                 _tile_dpbf16ps(2, 5, 6);
                 _tile_dpbf16ps(3, 5, 7);
             }
@@ -216,10 +239,20 @@ template <class T, class O> inline void store_panel(const Product& p, O* out, fl
     put_n<O>(out + first, sums, count_at(first, p.n));
 }
 
+// Widened results are logits: too many for the caches, where they would only take the place of what is read again.
+template <class T, class O> constexpr bool IS_STREAMED = !std::is_same<T, O>::value;
+
+template <class T, class O> inline void put_whole(O* out, f32x16 sums) {
+#ifdef __AVX512F__
+    if (IS_STREAMED<T, O> && reinterpret_cast<uintptr_t>(out) % 64 == 0) return _mm512_stream_ps((float*)out, (__m512)sums);
+#endif
+    store<O>(out, sums);
+}
+
 // One row of two panels side by side.
 template <class T, class O> inline void store_pair(const Product& p, O* out, float* sums, int64_t first) {
     if (first + 2 * PANEL <= p.n && !p.bias) {
-        for (int64_t i = 0; i < 2 * PANEL; i += LANES) store<O>(out + first + i, load<float>(sums + i));
+        for (int64_t i = 0; i < 2 * PANEL; i += LANES) put_whole<T, O>(out + first + i, load<float>(sums + i));
         return;
     }
     store_panel<T, O>(p, out, sums, first);
@@ -237,30 +270,43 @@ template <class T, class O> inline void store_gated(const Product& p, O* out, fl
     store_n<O>(out + first, rounded<T>(activated(gate, p.finish)) * up, int(count));
 }
 
-template <class T, class O, class Multiply> void product(const Product& p, const Team& team) {
-    // Pairs of panels: neighbours, or the same place of either half.
-    int64_t panels = (p.n + PANEL - 1) / PANEL, elements = panel_elements<T>(p.k), tiles = Multiply::tiles(p.rows);
-    int64_t pairs = p.finish ? (p.n / 2 + PANEL - 1) / PANEL : (panels + 1) / 2;
+// One pair of panels times some rows, [begin, end) of all.
+template <class T, class O, class Multiply> void panels_times(const Product& p, int64_t pair, int64_t begin, int64_t end, Multiply& multiply) {
+    // Neighbours, or the same place of either half.
+    int64_t panels = (p.n + PANEL - 1) / PANEL, elements = panel_elements<T>(p.k);
+    int64_t one = p.finish ? pair : 2 * pair, other = p.finish ? panels / 2 + pair : 2 * pair + 1;
+    const T *first = (const T*)p.weight + one * elements, *second = (const T*)p.weight + other * elements;
+    if (other >= panels) second = first;  // its sums are not stored
     alignas(64) float sums[Multiply::MOST_ROWS * 2 * PANEL];
-    Multiply multiply;
-    for (int64_t begin; (begin = team.take(PAIRS_AT_ONCE)) < pairs;)
-        for (int64_t pair = begin; pair < begin + PAIRS_AT_ONCE && pair < pairs; pair++) {
-            int64_t one = p.finish ? pair : 2 * pair, other = p.finish ? panels / 2 + pair : 2 * pair + 1;
-            const T *first = (const T*)p.weight + one * elements, *second = (const T*)p.weight + other * elements;
-            if (other >= panels) second = first;  // its sums are not stored
-            for (int64_t t = 0; t < tiles; t++) {
-                int64_t row = Multiply::first_row(t, p.rows), count = Multiply::first_row(t + 1, p.rows) - row;
-                multiply((const T*)p.x + row * p.x_stride, p.x_stride, count, p.k, first, second, sums);
-                for (int64_t r = 0; r < count; r++) {
-                    O* out = (O*)p.out + (row + r) * p.out_stride;
-                    if (p.finish) {
-                        store_gated<T, O>(p, out, sums + 2 * r * PANEL, one * PANEL);
-                    } else {
-                        store_pair<T, O>(p, out, sums + 2 * r * PANEL, one * PANEL);
-                    }
-                }
-            }
+    for (int64_t t = 0; t < Multiply::tiles(end - begin); t++) {
+        int64_t row = begin + Multiply::first_row(t, end - begin), count = begin + Multiply::first_row(t + 1, end - begin) - row;
+        O* to = (O*)p.out + row * p.out_stride;
+        Results results{(const char*)(to + one * PANEL), p.out_stride * int64_t(sizeof(O)), IS_STREAMED<T, O>};
+        multiply({(const T*)p.x + row * p.x_stride, p.x_stride, count, p.k}, first, second, results, sums);
+        for (int64_t r = 0; r < count; r++) {
+            O* out = to + r * p.out_stride;
+            if (p.finish)
+                store_gated<T, O>(p, out, sums + 2 * r * PANEL, one * PANEL);
+            else
+                store_pair<T, O>(p, out, sums + 2 * r * PANEL, one * PANEL);
         }
+    }
+}
+
+template <class T, class O, class Multiply> void product(const Product& p, const Team& team) {
+    int64_t pairs = ((p.finish ? p.n / 2 : (p.n + 1) / 2) + PANEL - 1) / PANEL;
+    // Every pair reads all rows of a block: they stay in this core's cache.
+    int64_t most = BLOCK_BYTES / int64_t(p.k * sizeof(T)) / Multiply::MOST_ROWS * Multiply::MOST_ROWS;
+    if (most == 0) most = Multiply::MOST_ROWS;
+    int64_t blocks = (p.rows + most - 1) / most;
+    Multiply multiply;
+    for (int64_t i; (i = team.take(1)) < blocks * pairs;) {
+        int64_t begin = i / pairs * most, end = begin + most < p.rows ? begin + most : p.rows;
+        panels_times<T, O, Multiply>(p, i % pairs, begin, end, multiply);
+    }
+#ifdef __AVX512F__
+    if (IS_STREAMED<T, O>) _mm_sfence();
+#endif
 }
 
 template <class O> void product_of_bf16(const Product& p, const Team& team) {

@@ -1,0 +1,73 @@
+#!/usr/bin/env python3
+"""What this machine can do, and what of it a workload needs: the denominators of every share of a limit. Prints one line of JSON.
+
+read_bytes_s   one pass over 1 GiB, by torch
+flop_s         a bfloat16 product of 4096 x 2048 x 2048, by torch
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+RUNS = 9
+
+
+def median_s(function: Callable[[], object]) -> float:
+    """Of a few calls, after one that does not count."""
+    function()
+    seconds = []
+    for _ in range(RUNS):
+        begun = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds)
+
+
+def limits() -> dict[str, float]:
+    """Of as many threads as this process may use."""
+    import torch
+
+    x = torch.randn(2**28)
+    a, b = torch.randn(4096, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
+    return {"read_bytes_s": x.numel() * 4 / median_s(x.sum),
+            "flop_s": 2 * 4096 * 2048 * 2048 / median_s(lambda: torch.nn.functional.linear(a, b))}
+
+
+class Shape:
+    """What a model's forward costs, from its config.json; a decoder with gated feed-forward layers and a tied embedding.
+
+    Attributes:
+        weight_bytes: of the checkpoint.
+        kv_bytes: of one token.
+        layer_flop: of one token, without attention.
+        logits_flop: of one row of logits.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        config = json.loads((directory / "config.json").read_text())
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        kv_heads, dim, layers = config["num_key_value_heads"], config.get("head_dim") or hidden // heads, config["num_hidden_layers"]
+        per_layer = hidden * dim * (2 * heads + 2 * kv_heads) + 3 * hidden * config["intermediate_size"]
+        self.weight_bytes = (directory / "model.safetensors").stat().st_size
+        self.kv_bytes = layers * 2 * kv_heads * dim * 2
+        self.layer_flop = 2 * layers * per_layer
+        self.logits_flop = 2 * config["vocab_size"] * hidden
+
+    def batch_s(self, amounts: Mapping[str, float], found: Mapping[str, float]) -> float:
+        """Least seconds of a batch whose `amounts` `bench_engine` gives: all products at the machine's rate, and for each output token the
+        keys and values before it read once."""
+        tokens, new = amounts["prompt_tokens"] + amounts["output_tokens"], amounts["output_tokens"]
+        flop = tokens * self.layer_flop + new * self.logits_flop
+        return flop / found["flop_s"] + amounts["read_kv_tokens"] * self.kv_bytes / found["read_bytes_s"]
+
+    def decode_s(self, found: Mapping[str, float]) -> float:
+        """Least seconds of one token: all weights read once."""
+        return self.weight_bytes / found["read_bytes_s"]
+
+
+if __name__ == "__main__":
+    print(json.dumps(limits()))
