@@ -40,7 +40,7 @@ def search(engine: RunningEngine, items: Sequence[Any], decoding: Decoding, prio
                     engine.submit(call, [items[i] for i in places], [decoding] * len(places), [priorities[i] for i in places],
                                   return_errors=return_errors, first_place=places[0])
                 elif call.num_unfinished:
-                    engine.step()
+                    engine.step(call)
                 elif not call.num_open:
                     break
     finally:

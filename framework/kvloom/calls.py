@@ -25,7 +25,7 @@ def run(engine: RunningEngine, items: Sequence[Any], params: Sequence[Params], p
                     progress.finished(output)
                 if not call.num_unfinished:
                     break
-                engine.step()
+                engine.step(call)
     finally:
         engine.abort(call)
     return [outputs[place] for place in range(len(items))]
@@ -46,7 +46,7 @@ def iterate(engine: RunningEngine, pairs: Iterator[tuple[Any, Params]], bound: i
                     engine.submit(call, [pair[0]], [pair[1]], [priority], return_errors=on_error == "return", first_place=place)
                     place += 1
             if call.num_unfinished:
-                engine.step()
+                engine.step(call)
             elif exhausted and not call.num_open:
                 return
     finally:

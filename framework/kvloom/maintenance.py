@@ -47,7 +47,7 @@ class Maintenance(ABC):
         """
         if timeout is not None:
             timeout = check_number("timeout", timeout, 0, LONGEST_TIMEOUT_S, above_low=True)
-        return self.llm_engine.executor.call(method, timeout, args, kwargs)
+        return self.llm_engine.call_workers("collective_rpc()", method, timeout, args, kwargs)
 
     def apply_model(self, func: Callable[[Any], R]) -> list[R]:
         """Call a function with the torch module on every worker, in process; one result a worker.
@@ -55,7 +55,7 @@ class Maintenance(ABC):
         Args:
             func: gets the module.
         """
-        return self.llm_engine.executor.call(lambda worker: func(worker.model))
+        return self.llm_engine.call_workers("apply_model()", lambda worker: func(worker.model))
 
     # -- tokenizer
 

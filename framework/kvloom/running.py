@@ -36,6 +36,7 @@ from kvloom.sleep import Sleeper, SleepState
 from kvloom.start_report import StartReport
 from kvloom.text.chat import ChatFormatter
 from kvloom.text.sequence_text import SequenceText
+from kvloom.turn import Turn
 from kvloom.text.templates import TemplateRenderer
 from kvloom.text.tokenizer import adopt_tokenizer
 
@@ -47,7 +48,7 @@ REFUSALS = (RequestError, UnsupportedFeatureError)
 
 
 class RunningEngine:
-    """Owns the parts of an engine. Not thread-safe; several calls may be under way in one thread.
+    """Owns the parts of an engine. Several calls may be under way, in one thread or in several, which take turns step by step.
 
     Args:
         config: it was started with.
@@ -64,7 +65,8 @@ class RunningEngine:
         self.sleeper = Sleeper(executor, lambda: sum(executor.call(held_bytes)))
         self._chat: ChatFormatter | None = None
         self._changed: deque[Request] = deque()  # by steps, and not looked at yet
-        self._is_busy = self._is_closed = False
+        self._turn, self._is_closed = Turn(), False
+        self._dropped: deque[Call] = deque()  # whose callers gave up while it was not their turn
         self._live: dict[int, tuple[LiveRequest, LiveSequence]] = {}
         self.numbers = RequestCounter()
         self._decoders: dict[str, NamedDecoder] = {}
@@ -103,16 +105,12 @@ class RunningEngine:
 
     @contextmanager
     def _alone(self, what: str) -> Iterator[None]:
-        """For what may not be called from inside itself: by a function, a tokenizer or an observer that it calls."""
-        if self._is_closed:
-            raise EngineClosedError("the engine was closed; make a new LLM")
-        if self._is_busy:
-            raise RequestFailedError(f"{what} was called from inside the engine, by what the engine itself had called")
-        self._is_busy = True
-        try:
+        """For what may not be called by two threads at once, nor from inside itself."""
+        with self._turn.take(what):
+            if self._is_closed:
+                raise EngineClosedError("the engine was closed; make a new LLM")
+            self._forget_dropped()
             yield
-        finally:
-            self._is_busy = False
 
     @contextmanager
     def _idle(self, what: str) -> Iterator[None]:
@@ -236,14 +234,19 @@ class RunningEngine:
 
     # -- requests go
 
-    def step(self) -> None:
+    def step(self, call: Call | None = None) -> None:
         """One step; requests that end are delivered to their calls.
+
+        Args:
+            call: who waits; nothing happens when another thread's step has ended all its requests.
 
         Raises:
             InternalError: there is nothing to do, so whoever waits would wait for ever.
             EngineStateError: a late call still runs; no request has ended.
         """
         with self._alone("a step"):
+            if call is not None and not call.num_unfinished:
+                return
             self._check_ready()
             if not self.has_work:
                 raise InternalError("a call waits for requests, but the engine has none")
@@ -298,15 +301,31 @@ class RunningEngine:
         live.call.pending.pop(live.place, None)
 
     def abort(self, call: Call) -> None:
-        """Forget what a call still waits for."""
-        for live in list(call.pending.values()):
-            self._forget(live)
+        """Forget what a call still waits for: now, or when the turn comes next."""
+        if not call.pending:
+            return
+        self._dropped.append(call)
+        with self._turn.try_to_take() as is_mine:
+            if is_mine:
+                self._forget_dropped()
+
+    def _forget_dropped(self) -> None:
+        while self._dropped:
+            for live in list(self._dropped.popleft().pending.values()):
+                self._forget(live)
 
     # -- between requests
 
+    def call_workers(self, what: str, method: str | Callable[..., Any], timeout_s: float | None = None, args: Sequence[Any] = (),
+                     kwargs: Mapping[str, Any] | None = None) -> list[Any]:
+        """See `Executor.call`; `what` asks for it."""
+        with self._alone(what):
+            return self.executor.call(method, timeout_s, args, kwargs)
+
     def reset_prefix_cache(self) -> bool:
         """See `LLM.reset_prefix_cache`."""
-        return self.engine.scheduler.forget_prefixes()
+        with self._alone("reset_prefix_cache()"):
+            return self.engine.scheduler.forget_prefixes()
 
     def sleep(self, level: int) -> None:
         """See `LLM.sleep`."""
@@ -314,7 +333,7 @@ class RunningEngine:
             if not self.config.device.enable_sleep_mode:
                 raise EngineStateError("sleep() needs LLM(..., enable_sleep_mode=True)")
             self.executor.check_ready()
-            if self.sleeper.state is SleepState.AWAKE and not self.reset_prefix_cache():
+            if self.sleeper.state is SleepState.AWAKE and not self.engine.scheduler.forget_prefixes():
                 raise InternalError("no request is under way, but KV blocks are held")
             self.sleeper.sleep(level)
 
@@ -349,9 +368,9 @@ class RunningEngine:
 
     def close(self) -> None:
         """Free the model and the cache. Raises `RequestFailedError` when a step is under way."""
-        if self._is_closed:
-            return
-        with self._alone("close"):
+        with self._turn.take("close"):
+            if self._is_closed:
+                return
             self._is_closed = True
         if self._chat is not None:
             self._chat.close()

@@ -24,7 +24,7 @@ def stream(llm: LLM, prompt: str, params: SamplingParams, on_text: OnText | None
     try:
         engine.submit(call, [prompt], [params], [0], on_text=on_text)
         while call.num_unfinished:
-            engine.step()
+            engine.step(call)
     finally:
         engine.abort(call)
     output: RequestOutput

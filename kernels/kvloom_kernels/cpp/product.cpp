@@ -143,7 +143,7 @@ template <class T> struct ByVectors {
     static int64_t first_row(int64_t tile, int64_t rows) { return rows * tile / tiles(rows); }
     static constexpr int64_t MOST_ROWS = TILE_ROWS;
 
-    void operator()(const Rows<T>& rows, const T* first, const T* second, const Results&, float* sums) {
+    template <class Between> void operator()(const Rows<T>& rows, const T* first, const T* second, const Results&, float* sums, const Between&) {
         static constexpr void (*TILES[])(const T*, int64_t, int64_t, const T*, const T*, float*) = {
             nullptr, tile<T, 1>, tile<T, 2>, tile<T, 3>, tile<T, 4>, tile<T, 5>, tile<T, 6>
 #ifdef __AVX512F__
@@ -162,7 +162,9 @@ public:
     static int64_t tiles(int64_t rows) { return (rows + MOST_ROWS - 1) / MOST_ROWS; }
     static int64_t first_row(int64_t tile, int64_t rows) { return tile * MOST_ROWS < rows ? tile * MOST_ROWS : rows; }
 
-    void operator()(const Rows<bf16>& rows, const bf16* first, const bf16* second, const Results& results, float* sums) {
+    // Calls `between` once for each step along k.
+    template <class Between>
+    void operator()(const Rows<bf16>& rows, const bf16* first, const bf16* second, const Results& results, float* sums, const Between& between) {
         uint8_t above = uint8_t(rows.count < TILE_ROWS_MOST ? rows.count : TILE_ROWS_MOST), below = uint8_t(rows.count - above);
         uint8_t low = below ? below : above;
         shapes_.set({above, above, low, low, above, low, 16, 16});
@@ -171,12 +173,12 @@ public:
         if (below) {
             _tile_zero(2);
             _tile_zero(3);
-            multiply<true>(rows, first, second, results);
+            multiply<true>(rows, first, second, results, between);
             float* low_sums = sums + TILE_ROWS_MOST * 2 * PANEL;
             _tile_stored(2, low_sums, SUMS_BYTES);
             _tile_stored(3, low_sums + PANEL, SUMS_BYTES);
         } else {
-            multiply<false>(rows, first, second, results);
+            multiply<false>(rows, first, second, results, between);
         }
         _tile_stored(0, sums, SUMS_BYTES);
         _tile_stored(1, sums + PANEL, SUMS_BYTES);
@@ -186,7 +188,8 @@ private:
     static constexpr int64_t SUMS_BYTES = 2 * PANEL * sizeof(float), WEIGHT_BYTES = 2 * PANEL * sizeof(bf16);
     TileShapes shapes_;
 
-    template <bool BELOW> void multiply(const Rows<bf16>& rows, const bf16* first, const bf16* second, const Results& results) {
+    template <bool BELOW, class Between>
+    void multiply(const Rows<bf16>& rows, const bf16* first, const bf16* second, const Results& results, const Between& between) {
         int64_t x_bytes = rows.stride * sizeof(bf16);
         const bf16* x_below = rows.x + TILE_ROWS_MOST * rows.stride;
         for (int64_t i = 0; i < rows.k; i += TILE_DEPTH) {
@@ -201,6 +204,7 @@ private:
                 _tile_dpbf16ps(2, 5, 6);
                 _tile_dpbf16ps(3, 5, 7);
             }
+            between();
         }
     }
 };
@@ -270,28 +274,65 @@ template <class T, class O> inline void store_gated(const Product& p, O* out, fl
     store_n<O>(out + first, rounded<T>(activated(gate, p.finish)) * up, int(count));
 }
 
-// One pair of panels times some rows, [begin, end) of all.
-template <class T, class O, class Multiply> void panels_times(const Product& p, int64_t pair, int64_t begin, int64_t end, Multiply& multiply) {
-    // Neighbours, or the same place of either half.
-    int64_t panels = (p.n + PANEL - 1) / PANEL, elements = panel_elements<T>(p.k);
-    int64_t one = p.finish ? pair : 2 * pair, other = p.finish ? panels / 2 + pair : 2 * pair + 1;
-    const T *first = (const T*)p.weight + one * elements, *second = (const T*)p.weight + other * elements;
-    if (other >= panels) second = first;  // its sums are not stored
-    alignas(64) float sums[Multiply::MOST_ROWS * 2 * PANEL];
-    for (int64_t t = 0; t < Multiply::tiles(end - begin); t++) {
-        int64_t row = begin + Multiply::first_row(t, end - begin), count = begin + Multiply::first_row(t + 1, end - begin) - row;
-        O* to = (O*)p.out + row * p.out_stride;
-        Results results{(const char*)(to + one * PANEL), p.out_stride * int64_t(sizeof(O)), IS_STREAMED<T, O>};
-        multiply({(const T*)p.x + row * p.x_stride, p.x_stride, count, p.k}, first, second, results, sums);
-        for (int64_t r = 0; r < count; r++) {
-            O* out = to + r * p.out_stride;
-            if (p.finish)
-                store_gated<T, O>(p, out, sums + 2 * r * PANEL, one * PANEL);
+// Sums that were made and are not stored yet: that is done a few rows at a time, while a unit of its own makes the next ones.
+template <class T, class O> class Pending {
+public:
+    explicit Pending(const Product& p) : p_(p) {}
+
+    void set(float* sums, O* to, int64_t count, int64_t first) {
+        sums_ = sums, to_ = to, count_ = count, first_ = first, row_ = 0;
+    }
+
+    void store(int64_t rows) {
+        for (; rows && row_ < count_; rows--, row_++) {
+            float* sums = sums_ + 2 * row_ * PANEL;
+            if (p_.finish)
+                store_gated<T, O>(p_, to_ + row_ * p_.out_stride, sums, first_);
             else
-                store_pair<T, O>(p, out, sums + 2 * r * PANEL, one * PANEL);
+                store_pair<T, O>(p_, to_ + row_ * p_.out_stride, sums, first_);
         }
     }
-}
+
+    void store_all() { store(count_); }
+
+private:
+    const Product& p_;
+    float* sums_ = nullptr;
+    O* to_ = nullptr;
+    int64_t count_ = 0, first_ = 0, row_ = 0;
+};
+
+// Results of one thread.
+template <class T, class O, class Multiply> class Multiplication {
+public:
+    explicit Multiplication(const Product& p) : p_(p), pending_(p) {}
+    ~Multiplication() { pending_.store_all(); }
+
+    // One pair of panels times the rows [begin, end).
+    void panels_times(int64_t pair, int64_t begin, int64_t end) {
+        // Neighbours, or the same place of either half.
+        int64_t panels = (p_.n + PANEL - 1) / PANEL, elements = panel_elements<T>(p_.k);
+        int64_t one = p_.finish ? pair : 2 * pair, other = p_.finish ? panels / 2 + pair : 2 * pair + 1;
+        const T *first = (const T*)p_.weight + one * elements, *second = (const T*)p_.weight + other * elements;
+        if (other >= panels) second = first;  // its sums are not stored
+        for (int64_t t = 0; t < Multiply::tiles(end - begin); t++) {
+            int64_t row = begin + Multiply::first_row(t, end - begin), count = begin + Multiply::first_row(t + 1, end - begin) - row;
+            O* to = (O*)p_.out + row * p_.out_stride;
+            Results results{(const char*)(to + one * PANEL), p_.out_stride * int64_t(sizeof(O)), IS_STREAMED<T, O>};
+            float* sums = sums_[turn_ = 1 - turn_];
+            multiply_({(const T*)p_.x + row * p_.x_stride, p_.x_stride, count, p_.k}, first, second, results, sums, [&] { pending_.store(2); });
+            pending_.store_all();
+            pending_.set(sums, to, count, one * PANEL);
+        }
+    }
+
+private:
+    const Product& p_;
+    Multiply multiply_;
+    Pending<T, O> pending_;
+    alignas(64) float sums_[2][Multiply::MOST_ROWS * 2 * PANEL];
+    int turn_ = 0;
+};
 
 template <class T, class O, class Multiply> void product(const Product& p, const Team& team) {
     int64_t pairs = ((p.finish ? p.n / 2 : (p.n + 1) / 2) + PANEL - 1) / PANEL;
@@ -299,10 +340,12 @@ template <class T, class O, class Multiply> void product(const Product& p, const
     int64_t most = BLOCK_BYTES / int64_t(p.k * sizeof(T)) / Multiply::MOST_ROWS * Multiply::MOST_ROWS;
     if (most == 0) most = Multiply::MOST_ROWS;
     int64_t blocks = (p.rows + most - 1) / most;
-    Multiply multiply;
-    for (int64_t i; (i = team.take(1)) < blocks * pairs;) {
-        int64_t begin = i / pairs * most, end = begin + most < p.rows ? begin + most : p.rows;
-        panels_times<T, O, Multiply>(p, i % pairs, begin, end, multiply);
+    {
+        Multiplication<T, O, Multiply> multiplication(p);
+        for (int64_t i; (i = team.take(1)) < blocks * pairs;) {
+            int64_t begin = i / pairs * most, end = begin + most < p.rows ? begin + most : p.rows;
+            multiplication.panels_times(i % pairs, begin, end);
+        }
     }
 #ifdef __AVX512F__
     if (IS_STREAMED<T, O>) _mm_sfence();
