@@ -58,8 +58,8 @@ class Shape:
         self.logits_flop = 2 * config["vocab_size"] * hidden
 
     def batch_s(self, amounts: Mapping[str, float], found: Mapping[str, float]) -> float:
-        """Least seconds of a batch whose `amounts` `bench_engine` gives: all products at the machine's rate, and for each output token the
-        keys and values before it read once."""
+        """Least seconds of a batch whose `amounts` `bench_engine` gives: all products at the machine's rate, and for each output token
+        the keys and values before it read once."""
         tokens, new = amounts["prompt_tokens"] + amounts["output_tokens"], amounts["output_tokens"]
         flop = tokens * self.layer_flop + new * self.logits_flop
         return flop / found["flop_s"] + amounts["read_kv_tokens"] * self.kv_bytes / found["read_bytes_s"]

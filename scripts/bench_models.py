@@ -19,7 +19,10 @@ QWEN3: dict[str, Any] = {
 """Qwen3-0.6B's shape."""
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama-135m": ("LlamaForCausalLM", LLAMA), "llama-135m-text": ("LlamaForCausalLM", LLAMA), "qwen3-0.6b": ("Qwen3ForCausalLM", QWEN3)}
+    "llama-135m": ("LlamaForCausalLM", LLAMA),
+    "llama-135m-text": ("LlamaForCausalLM", LLAMA),
+    "qwen3-0.6b": ("Qwen3ForCausalLM", QWEN3),
+}
 
 
 def model(folder: Path, name: str) -> Path:

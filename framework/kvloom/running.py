@@ -36,9 +36,9 @@ from kvloom.sleep import Sleeper, SleepState
 from kvloom.start_report import StartReport
 from kvloom.text.chat import ChatFormatter
 from kvloom.text.sequence_text import SequenceText
-from kvloom.turn import Turn
 from kvloom.text.templates import TemplateRenderer
 from kvloom.text.tokenizer import adopt_tokenizer
+from kvloom.turn import Turn
 
 if TYPE_CHECKING:
     from kvloom.runtime.memory import MemoryPlan
