@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import structlog
 import torch
 
 from kvloom import LLM, SamplingParams
+from kvloom.interfaces import AttentionBatch
 from kvloom.runtime.batch import GroupIndices, StepIndices
 from kvloom.runtime.capture import PlanCapture
 from kvloom.runtime.graphs import Buffers
@@ -23,6 +25,8 @@ from kvloom_kernels.norm import rms_norm
 from kvloom_kernels.plan import NotRecordableError, Plan
 from kvloom_kernels.scratch import Arena, empty
 from kvloom_kernels.token_attention import token_attention
+from kvloom_plugins.attention.cpu import CpuAttention
+from kvloom_plugins.attention.paged import PagedMeta
 
 PROMPTS = [{"prompt_token_ids": list(range(3, 3 + n))} for n in (5, 9, 2, 30, 4, 11, 7, 3, 3, 1, 40)]
 LENGTHS = (3, 8, 20, 5, 6, 7, 8, 12, 3, 1, 30)
@@ -93,6 +97,25 @@ def test_the_same_after_sleep(small_checkpoint: Path, monkeypatch: pytest.Monkey
             with replayed(monkeypatch) as seen:
                 assert written(llm) == expected
                 assert seen
+
+
+def test_what_a_backend_derived_from_a_batch_is_derived_again_before_each_repetition(
+        small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM(str(small_checkpoint), dtype="float32", enforce_eager=True) as llm:
+        expected = written(llm)
+    refilled: list[int] = []
+
+    def prepare(self: CpuAttention, batch: AttentionBatch, out: PagedMeta | None = None) -> PagedMeta:
+        if out is None:
+            return PagedMeta(replace(batch, block_table=batch.block_table.clone()), self.spec.block_tokens)
+        refilled.append(rows := batch.block_table.shape[0])
+        out.batch.block_table[:rows] = batch.block_table
+        return out
+
+    monkeypatch.setattr(CpuAttention, "prepare", prepare)
+    with LLM(str(small_checkpoint), dtype="float32") as llm, replayed(monkeypatch) as seen:
+        assert written(llm) == expected
+        assert len(refilled) == len(seen) > 0
 
 
 def test_a_model_that_computes_with_torch_runs_call_by_call_and_the_log_says_why(

@@ -140,8 +140,9 @@ class AttentionBackend(ABC):
     def prepare(self, batch: AttentionBatch, out: Any = None) -> Any:
         """Derive whatever `attend` needs from the batch, once a step and group.
 
-        `out` is an earlier result whose buffers are to be refilled (captured steps); None allocates. The result is opaque
-        to the engine and handed to `write` and `attend` of every layer of the group.
+        The result is opaque to the engine and handed to `write` and `attend` of every layer of the group. A captured step is repeated
+        with other numbers in the batch's memory and as many rows or fewer; before each time `out` is the result that was captured:
+        what was derived into memory of its own is derived again, in place, and `out` returned. None allocates.
         """
 
     @abstractmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -49,11 +49,21 @@ class LayerState(NamedTuple):
             batches: one a group, then one for layers that keep nothing, where there are any.
         """
         steps: list[LayerStep | None] = [None] * self.num_layers
-        for layers, batch in zip((*(g.layers for g in self.groups), self.unstored), batches, strict=False):
+        for layers, batch in self._by_batch(batches):
             prepared = {id(b): b.prepare(batch) for b in {id(self.backends[i]): self.backends[i] for i in layers}.values()}
             for i in layers:
                 steps[i] = LayerStep(self.backends[i], self.caches.get(i) or LayerCache(i, ()), prepared[id(self.backends[i])])
         return steps
+
+    def refill(self, steps: Sequence[LayerStep | None], batches: Sequence[AttentionBatch]) -> None:
+        """Bring metadata that `steps` prepared up to date with other numbers in the batches' memory, for as many rows or fewer."""
+        for layers, batch in self._by_batch(batches):
+            once = {id(step.meta): step for i in layers if (step := steps[i]) is not None}
+            for step in once.values():
+                step.backend.prepare(batch, out=step.meta)
+
+    def _by_batch(self, batches: Sequence[AttentionBatch]) -> Iterator[tuple[Sequence[int], AttentionBatch]]:
+        return zip((*(g.layers for g in self.groups), self.unstored), batches, strict=False)
 
 
 class Computed(NamedTuple):
@@ -80,7 +90,8 @@ class Forward:
         self._graphs: DecodeGraphs | None = None
         if recorded_bytes and all(b.graph_support and b.spec.stored for b in layers.backends.values()):
             widths = [-(-max_model_len // g.block_tokens) for g in layers.groups]
-            self._graphs = DecodeGraphs(model, self._context, Buffers(max_num_seqs, widths), PlanCapture(Arena(recorded_bytes)))
+            self._graphs = DecodeGraphs(model, self._context, layers.refill, Buffers(max_num_seqs, widths),
+                                        PlanCapture(Arena(recorded_bytes)))
 
     def run(self, indices: StepIndices) -> Computed:
         """Compute a step."""

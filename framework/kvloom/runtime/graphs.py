@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvloom.interfaces.attention import AttentionBatch
-from kvloom.interfaces.model import ForwardContext, Model, ModelInputs
+from kvloom.interfaces.model import ForwardContext, LayerStep, Model, ModelInputs
 from kvloom.logs import get_logger
 from kvloom.runtime.batch import StepIndices
 from kvloom.runtime.capture import Capture, Replay, patch_problem
@@ -23,6 +23,9 @@ from kvloom_kernels.plan import NotRecordableError
 
 MakeContext = Callable[[Sequence[AttentionBatch]], ForwardContext]
 """From one batch a KV group to what a model's forward is given."""
+
+Refill = Callable[[Sequence[LayerStep | None], Sequence[AttentionBatch]], None]
+"""Brings what a context's layers are given up to date with other numbers in the same memory."""
 
 
 class DecodeOutputs(NamedTuple):
@@ -84,12 +87,13 @@ class DecodeGraphs:
     Args:
         model: it records.
         make_context: for its forward.
+        refill: before each repetition.
         buffers: that steps are read from.
         capture: of the device.
     """
 
-    def __init__(self, model: Model, make_context: MakeContext, buffers: Buffers, capture: Capture) -> None:
-        self._model, self._make_context, self._buffers, self._capture = model, make_context, buffers, capture
+    def __init__(self, model: Model, make_context: MakeContext, refill: Refill, buffers: Buffers, capture: Capture) -> None:
+        self._model, self._make_context, self._refill, self._buffers, self._capture = model, make_context, refill, buffers, capture
         self._recorded: dict[int, _Recorded] = {}
         self.problem: str | None = None
 
@@ -107,6 +111,7 @@ class DecodeGraphs:
         capacity = min(1 << (rows - 1).bit_length(), self._buffers.rows)
         found = self._recorded.get(capacity)
         if found is not None:
+            self._refill(found.kept[1].layers, self._buffers.batches(rows))
             found.replay(rows)
         elif (found := self._record(capacity)) is None:
             return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -37,8 +37,10 @@ class CpuAttention(PagedAttention):
 
     def prepare(self, batch: AttentionBatch, out: Any = None) -> PagedMeta:
         """See `AttentionBackend.prepare`."""
+        if out is not None:  # kernels read the batch's own memory
+            return cast(PagedMeta, out)
         batch.block_table = batch.block_table.contiguous()
-        return super().prepare(batch, out)
+        return super().prepare(batch)
 
     def write(self, k: Tensor, v: Tensor, cache: LayerCache, meta: PagedMeta) -> None:
         """See `AttentionBackend.write`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -11,13 +12,17 @@ from kvloom.interfaces import AttentionBackend, AttentionBatch, AttentionSpec, L
 from kvloom_kernels.attention import Scores
 
 
-@dataclass(slots=True)
+@dataclass
 class PagedMeta:
-    """A step's rows, and block and offset of each of its tokens, ``[T]`` int64 each."""
+    """A step's rows."""
 
     batch: AttentionBatch
-    block: Tensor
-    offset: Tensor
+    block_tokens: int
+
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Block and offset of each of its tokens, ``[T]`` int64 each."""
+        return self.batch.slots // self.block_tokens, self.batch.slots % self.block_tokens
 
 
 class PagedAttention(AttentionBackend):
@@ -46,9 +51,10 @@ class PagedAttention(AttentionBackend):
 
     def prepare(self, batch: AttentionBatch, out: Any = None) -> PagedMeta:
         """See `AttentionBackend.prepare`."""
-        return PagedMeta(batch, batch.slots // self.spec.block_tokens, batch.slots % self.spec.block_tokens)
+        return PagedMeta(batch, self.spec.block_tokens)
 
     def write(self, k: Tensor, v: Tensor, cache: LayerCache, meta: PagedMeta) -> None:
         """See `AttentionBackend.write`."""
+        block, offset = meta.places
         for new, kept in ((k, cache.tensors[0]), (v, cache.tensors[1])):
-            kept[meta.block, :, meta.offset] = new
+            kept[block, :, offset] = new

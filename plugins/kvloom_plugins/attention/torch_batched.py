@@ -23,7 +23,7 @@ class DecodeRows(NamedTuple):
     mask: Tensor
 
 
-@dataclass(slots=True)
+@dataclass
 class TorchMeta(PagedMeta):
     """A step's rows by kind; `prompts`: index of each row of several tokens."""
 
@@ -43,11 +43,10 @@ class TorchAttention(PagedAttention):
 
     def prepare(self, batch: AttentionBatch, out: Any = None) -> TorchMeta:
         """See `AttentionBackend.prepare`."""
-        paged = super().prepare(batch, out)
         if not self.spec.stored:
-            return TorchMeta(batch, paged.block, paged.offset, [], [])
+            return TorchMeta(batch, self.spec.block_tokens, [], [])
         counts = np.diff(batch.query_starts_host)
-        return TorchMeta(batch, paged.block, paged.offset, self._decode_rows(batch, np.flatnonzero(counts == 1)),
+        return TorchMeta(batch, self.spec.block_tokens, self._decode_rows(batch, np.flatnonzero(counts == 1)),
                          np.flatnonzero(counts > 1).tolist())
 
     def _decode_rows(self, batch: AttentionBatch, rows: np.ndarray[Any, Any]) -> list[DecodeRows]:
