@@ -258,7 +258,7 @@ class LLM(PoolingCalls, Maintenance, OtherVersions):
             add_generation_prompt: end with the beginning of the assistant's message.
             continue_final_message: go on with the last message instead.
             tools: JSON objects that describe functions, for the template.
-            chat_template_kwargs: further variables of the template.
+            chat_template_kwargs: further variables of the template, which must read them.
             dry_run: give text and ids of each prompt, and compute nothing.
             sampling_params, use_tqdm, tokenization_kwargs, priority, on_error: as in `generate`.
             lora_request, mm_processor_kwargs: unsupported so far unless None.

@@ -40,11 +40,13 @@ class Maintenance(ABC):
             args, kwargs: for it.
 
         Raises:
+            RequestTypeError: `method` is neither.
             AttributeError: workers have no such method.
             TimeoutError: it took longer than `timeout`.
             EngineStateError: an earlier call was late and still runs.
             Exception: whatever the method raises.
         """
+        _check_callable("method", method, or_text=True)
         if timeout is not None:
             timeout = check_number("timeout", timeout, 0, LONGEST_TIMEOUT_S, above_low=True)
         return self.llm_engine.call_workers("collective_rpc()", method, timeout, args, kwargs)
@@ -54,7 +56,12 @@ class Maintenance(ABC):
 
         Args:
             func: gets the module.
+
+        Raises:
+            RequestTypeError: it is no function.
+            Exception: whatever it raises.
         """
+        _check_callable("func", func)
         return self.llm_engine.call_workers("apply_model()", lambda worker: func(worker.model))
 
     # -- tokenizer
@@ -140,3 +147,9 @@ class Maintenance(ABC):
             EngineStateError: it was not started.
         """
         return self.llm_engine.stop_profile()
+
+
+def _check_callable(name: str, value: object, *, or_text: bool = False) -> None:
+    if not callable(value) and not (or_text and isinstance(value, str)):
+        what = "a method's name or a function" if or_text else "a function"
+        raise RequestTypeError(f"{name} must be {what}, got {shown(value)}", name, value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, NotRequired, TypedDict
 
 from kvloom.errors import RequestTypeError, RequestValidationError, UnsupportedFeatureError, shown
@@ -142,7 +143,7 @@ def _extra(name: str, values: Any, token_ids: tuple[int, ...] | None) -> tuple[i
         raise RequestValidationError(f"{name} need the prompt_token_ids that they go with", name, values)
     if len(values) != len(token_ids):
         raise RequestValidationError(f"{name} must be as many as prompt_token_ids: {len(values)} and {len(token_ids)}", name, values)
-    return tuple(values)
+    return tuple(map(int, values))
 
 
 def _text(text: str) -> str:
@@ -153,14 +154,16 @@ def _text(text: str) -> str:
 
 def _token_ids(ids: Any) -> tuple[int, ...]:
     if not isinstance(ids, Sequence) or isinstance(ids, str | bytes) or not all(_is_int(i) for i in ids):
-        raise RequestTypeError("prompt_token_ids must be a list of integers", "prompt_token_ids", ids)
+        raise RequestTypeError("prompt_token_ids must be a list of integers; of an array or a tensor give .tolist()",
+                               "prompt_token_ids", ids)
     if not ids:
         raise RequestValidationError("The prompt cannot be empty: prompt_token_ids has no token", "prompt_token_ids", ids)
-    return tuple(ids)
+    return tuple(map(int, ids))
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Also numpy's."""
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def check_token_ids(token_ids: Sequence[int], vocab_size: int) -> None:

@@ -182,6 +182,13 @@ def test_a_schema_that_holds_itself_or_the_same_many_times_is_refused() -> None:
     assert "more than 131072 values" in refusal("json", json=shared(25))
 
 
+@pytest.mark.parametrize("given", [{"json": {"$ref": "#"}}, {"grammar": 'root ::= root "a"'}], ids=str)
+def test_what_no_text_matches_is_refused(llm: LLM, given: dict) -> None:
+    with pytest.raises(RequestValidationError, match="structured output: no text matches it"):
+        texts(llm, asking(**given))
+    assert_idle(llm)
+
+
 @pytest.mark.parametrize(("given", "where", "keyword"), [
     ({"json": {"properties": {"a/b": {"type": "array", "items": {"not": {"const": 1}}}}}}, "/properties/a~1b/items", "not"),
     ({"json": {"$defs": {"u": {"uniqueItems": True}, "v": {"uniqueItems": True}}, "anyOf": [{"type": "null"}, {"$ref": "#/$defs/v"}]}}, "/$defs/v", "uniqueItems"),

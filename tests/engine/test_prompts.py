@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from kvloom.errors import RequestTypeError, RequestValidationError, UnsupportedFeatureError
@@ -41,6 +42,14 @@ def test_a_prompt_without_tokens_is_refused(given) -> None:
 def test_keys_of_later_features_are_refused_by_name(key: str) -> None:
     with pytest.raises(UnsupportedFeatureError, match=key):
         parse_prompts({"prompt": "a", key: {"x": 1}})
+
+
+def test_numpys_integers_are_token_ids() -> None:
+    parsed = parse_prompt({"prompt_token_ids": list(np.arange(3))})
+    assert parsed.token_ids == (0, 1, 2)
+    assert {type(i) for i in parsed.token_ids} == {int}
+    with pytest.raises(RequestTypeError, match="tolist"):
+        parse_prompt({"prompt_token_ids": np.arange(3)})
 
 
 def test_token_types_go_with_token_ids_one_each() -> None:

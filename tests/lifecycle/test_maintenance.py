@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +40,18 @@ def test_collective_rpc__in_time_gives_what_the_call_gives_or_raises(llm: LLM) -
     with pytest.raises(AttributeError, match="no_such_method"):
         llm.collective_rpc("no_such_method", timeout=30)
     assert len(tokens(llm)) == 3
+
+
+@pytest.mark.parametrize("name", ["nope", "model", "rank", "_config"])
+def test_collective_rpc__calls_methods_only(llm: LLM, name: str) -> None:
+    with pytest.raises(AttributeError, match=f"has no method '{name}'"):
+        llm.collective_rpc(name)
+
+
+@pytest.mark.parametrize("call", [lambda llm: llm.collective_rpc(3), lambda llm: llm.apply_model("repr"), lambda llm: llm.apply_model(None)])
+def test_what_is_no_function_is_refused(llm: LLM, call: Callable[[LLM], object]) -> None:
+    with pytest.raises(RequestTypeError, match="function, got"):
+        call(llm)
 
 
 def test_collective_rpc__that_is_late_raises_and_the_engine_waits_for_its_end(llm: LLM) -> None:

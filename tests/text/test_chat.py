@@ -173,6 +173,7 @@ def test_tools_tool_calls_and_further_variables_reach_the_template(llm: LLM) -> 
 @pytest.mark.parametrize(("messages", "error", "message"), [
     (5, RequestTypeError, "list of messages"), ("hi", RequestTypeError, "list of messages"), ([[]], RequestValidationError, "cannot be empty"),
     ([USER, 5], RequestTypeError, "a conversation must be a list"), ([["hi"]], RequestTypeError, "a message must be a dict"),
+    ([{"role": "user"}], RequestValidationError, "must have content"), ([{"role": "assistant"}], RequestValidationError, "must have content"),
     ([{"content": "x"}], RequestValidationError, "must have a role"), ([{"role": 5, "content": "x"}], RequestValidationError, "must have a role"),
     ([{"role": "user", "content": 5}], RequestTypeError, "content must be a text or a list of parts"),
     ([{"role": "user", "content": [5]}], RequestTypeError, "must be a text or a dict"),
@@ -192,7 +193,8 @@ def test_bad_messages_are_refused_before_anything_runs(llm: LLM, messages, error
 @pytest.mark.parametrize(("options", "message"), [
     ({"chat_template_content_format": "xml"}, "must be 'auto', 'string' or 'openai'"), ({"chat_template_kwargs": {"messages": []}}, "may not set 'messages'"),
     ({"tools": "x"}, "tools must be a list"), ({"chat_template": 5}, "must be Jinja text"), ({"mm_processor_kwargs": {}}, "mm_processor_kwargs"),
-    ({"chat_template_kwargs": {"x": object()}}, "JSON data"), ({"chat_template": "{% for %}"}, "cannot be rendered"),
+    ({"chat_template_kwargs": {"x": object()}}, "JSON data"), ({"chat_template_kwargs": {"enable_thinking": False}}, "does not read 'enable_thinking'"),
+    ({"tools": [{"name": "f"}]}, "tools: the chat template does not read"), ({"chat_template": "{% for %}"}, "cannot be rendered"),
 ])
 def test_bad_options_are_refused(llm: LLM, options: dict, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):

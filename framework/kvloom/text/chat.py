@@ -126,7 +126,8 @@ class ChatFormatter:
             "tools": None if options.tools is None else [dict(t) for t in options.tools], "documents": None,
             "add_generation_prompt": options.add_generation_prompt,
         }
-        return self._renderer.render(template, variables)
+        must_read = dict.fromkeys(options.template_kwargs or (), "chat_template_kwargs") | ({"tools": "tools"} if options.tools else {})
+        return self._renderer.render(template, variables, must_read)
 
     def _up_to_the_end(self, template: str, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> str:
         """The text up to the end of the last message, without what the template writes behind it."""

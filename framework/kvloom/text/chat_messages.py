@@ -41,6 +41,9 @@ def _message(message: Any, media_root: str, *, as_parts: bool) -> dict[str, Any]
         raise RequestTypeError(f"a message must be a dict with role and content, got {type(message).__name__}", "messages", message)
     if not isinstance(message.get("role"), str):
         raise RequestValidationError(f"a message must have a role, a text; got {shown(message.get('role'))}", "messages", message)
+    if message.get("content") is None and not (message["role"] == "assistant" and message.keys() - {"role", "content"}):
+        raise RequestValidationError(f"a message of the role {shown(message['role'])} must have content, a text or a list of parts; "
+                                     "only an assistant's tool calls may come without", "messages", message)
     read = dict(message)
     parts = _parts(message.get("content"), media_root)
     if parts is None:
@@ -55,7 +58,7 @@ def _message(message: Any, media_root: str, *, as_parts: bool) -> dict[str, Any]
 
 
 def _parts(content: Any, media_root: str) -> list[dict[str, str]] | None:
-    """Texts of a message; None for a message without content (a tool call)."""
+    """Texts of a message; None for one without content (a tool call)."""
     if content is None:
         return None
     if isinstance(content, str):

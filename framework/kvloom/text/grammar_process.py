@@ -70,7 +70,8 @@ def main() -> None:
         except MemoryError:
             answer = {"error": "it needs too much memory"}
         except BaseException as error:  # noqa: BLE001  (a panic of a library in Rust is no Exception)
-            answer = {"error": f"{type(error).__name__}: {str(error)[:2000]}"}
+            who = "" if type(error).__module__ == "kvloom.errors" else f"{type(error).__name__}: "
+            answer = {"error": f"{who}{str(error)[:2000]}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.sandbox
 
 MAX_TEMPLATES = 32
@@ -67,6 +68,20 @@ def compiled(template: str) -> jinja2.Template:
     return ENVIRONMENT.from_string(template)
 
 
+@lru_cache(maxsize=MAX_TEMPLATES)
+def reads(template: str) -> frozenset[str]:
+    """Variables that a template reads and does not set itself before."""
+    return frozenset(jinja2.meta.find_undeclared_variables(ENVIRONMENT.parse(template))) - ENVIRONMENT.globals.keys()
+
+
+def answer_to(asked: dict[str, Any]) -> dict[str, Any]:
+    """To one question."""
+    unread = next((name for name in asked["must_read"] if name not in reads(asked["template"])), None)
+    if unread is not None:
+        return {"unread": unread, "reads": sorted(reads(asked["template"]))}
+    return {"text": render(asked["template"], asked["variables"], asked["max_characters"])}
+
+
 def render(template: str, variables: dict[str, Any], max_characters: int) -> str:
     """The text. Raises `jinja2.TemplateError`, or whatever the template runs into."""
     pieces: list[str] = []
@@ -93,7 +108,7 @@ def main() -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         try:
-            answer = {"text": render(asked["template"], asked["variables"], asked["max_characters"])}
+            answer = answer_to(asked)
         except MemoryError:
             answer = {"error": "it needs too much memory"}
         except Exception as error:  # noqa: BLE001  (whatever a template runs into is its own failure)

@@ -88,9 +88,17 @@ class InProcessExecutor(Executor):
 
 def _call(worker: Worker, method: str | Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     try:
-        return getattr(worker, method)(*args, **kwargs) if isinstance(method, str) else method(worker, *args, **kwargs)
+        return _method(worker, method)(*args, **kwargs) if isinstance(method, str) else method(worker, *args, **kwargs)
     finally:
         worker.forget_recorded()
+
+
+def _method(worker: Worker, name: str) -> Callable[..., Any]:
+    """Raises `AttributeError` for what is no method, though it may be callable: a model, a property."""
+    if not callable(getattr(type(worker), name, None)):
+        raise AttributeError(f"{type(worker).__name__!r} object has no method {name!r}")
+    found: Callable[..., Any] = getattr(worker, name)
+    return found
 
 
 class CallThread(threading.Thread):

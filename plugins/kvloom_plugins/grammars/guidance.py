@@ -183,4 +183,6 @@ def _phrase(message: str) -> str:
     where, _, rest = reason.partition(": ")
     if where.startswith("at ") and rest:
         reason = rest
+    if reason == "NoExtensionBias":
+        return "no text matches it"
     return reason.removeprefix("failed to compile JSON schema: ")[:500]
