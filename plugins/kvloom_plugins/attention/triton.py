@@ -1,0 +1,54 @@
+"""The CUDA backend: our Triton kernels, all rows of a step in one launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from kvloom.interfaces import AttentionBatch, AttentionSpec, LayerCache
+from kvloom_kernels.gpu.attention import paged_attention_gpu, paged_write, split_count
+from kvloom_plugins.attention.paged import PagedAttention
+
+
+@dataclass(slots=True)
+class TritonMeta:
+    """A step's rows, and among how many programs each context is divided."""
+
+    batch: AttentionBatch
+    splits: int
+
+
+class TritonAttention(PagedAttention):
+    """Keys and values in blocks, head by head; see `paged_attention_gpu`."""
+
+    @classmethod
+    def supports(cls, spec: AttentionSpec) -> str | None:
+        """See `AttentionBackend.supports`."""
+        if not spec.stored:
+            return "it reads a cache, and nothing is stored"
+        if spec.sinks:
+            return "it has no sinks"
+        return super().supports(spec)
+
+    def prepare(self, batch: AttentionBatch, out: Any = None) -> Any:
+        """See `AttentionBackend.prepare`."""
+        return TritonMeta(batch, split_count(len(batch.context_tokens_host) * self.spec.num_kv_heads, batch.max_context_tokens))
+
+    def write(self, k: Tensor, v: Tensor, cache: LayerCache, meta: Any) -> None:
+        """See `AttentionBackend.write`."""
+        for new, kept in zip((k, v), cache.tensors, strict=True):
+            paged_write(_heads_together(new), kept, meta.batch.slots)
+
+    def attend(self, q: Tensor, cache: LayerCache, meta: Any, out: Tensor, sinks: Tensor | None = None) -> Tensor:
+        """See `AttentionBackend.attend`."""
+        b = meta.batch
+        k_cache, v_cache = cache.tensors
+        return paged_attention_gpu(_heads_together(q), k_cache, v_cache, b.block_table, b.query_starts, b.context_tokens, self.scores,
+                                   b.max_query_tokens, meta.splits, out)
+
+
+def _heads_together(x: Tensor) -> Tensor:
+    together = x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2])
+    return x if together else x.contiguous()
