@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_attention import SPEC, Case, assert_close
 
-from kvloom.interfaces import AttentionSpec
+from kvloom.errors import InternalError
+from kvloom.interfaces import AttentionBatch, AttentionSpec, LayerCache
 from kvloom_kernels.gpu.attention import MAX_SPLITS, split_count
 from kvloom_kernels.plan import NotRecordableError, Plan, recorded
 from kvloom_plugins.attention.reference import ReferenceAttention
@@ -73,6 +75,35 @@ def test_random_batches(rows: list, block_tokens: int, window: int | None, group
 def test_few_sequences_of_long_contexts_are_split_and_many_are_not() -> None:
     assert split_count(2, 10_000) == MAX_SPLITS
     assert split_count(2, 100) == split_count(1000, 10_000) == 1
+
+
+def _batch(rows: list[tuple[int, int]], first_block: int) -> AttentionBatch:
+    """Rows as (tokens before, tokens new), in blocks of their own of 16 tokens."""
+    counts, contexts = [n for _, n in rows], [b + n for b, n in rows]
+    starts = np.cumsum([0, *counts]).astype(np.int32)
+    width = max(-(-c // 16) for c in contexts)
+    table = first_block + torch.arange(len(rows) * width, dtype=torch.int32).view(len(rows), width)
+    slots = torch.cat([table[r, torch.arange(b, b + n) // 16].long() * 16 + torch.arange(b, b + n) % 16 for r, (b, n) in enumerate(rows)])
+    return AttentionBatch(torch.from_numpy(starts), torch.tensor(contexts, dtype=torch.int32), table, slots, starts,
+                          np.array(contexts, np.int32), max(counts), max(contexts))
+
+
+def test_refilled_buffers_of_more_rows_give_the_same_and_write_nowhere_else() -> None:
+    backend, rows = TritonAttention(SPEC), [(30, 1), (5, 1)]
+    caches = [LayerCache(0, tuple(torch.full((24, *t.shape), 0.25) for t in backend.state_shapes())) for _ in range(2)]
+    large = backend.prepare(_batch([(40, 1), (20, 1), (33, 1), (7, 1)], 1))
+    addresses = [t.data_ptr() for t in (large.batch.block_table, large.batch.slots, large.batch.context_tokens, large.batch.query_starts)]
+    q, k, v = torch.randn(4, 6, 20), torch.randn(4, 2, 20), torch.randn(4, 2, 20)
+    results = []
+    for meta, cache, tokens in ((backend.prepare(_batch(rows, 15)), caches[0], 2), (backend.prepare(_batch(rows, 15), large), caches[1], 4)):
+        backend.write(k[:tokens], v[:tokens], cache, meta)
+        results.append(backend.attend(q[:tokens], cache, meta, torch.empty(tokens, 6, 20))[:2])
+    torch.testing.assert_close(results[1], results[0])
+    assert all(torch.equal(a, b) for a, b in zip(caches[0].tensors, caches[1].tensors, strict=True))
+    kept = large.batch
+    assert addresses == [t.data_ptr() for t in (kept.block_table, kept.slots, kept.context_tokens, kept.query_starts)]
+    with pytest.raises(InternalError, match="does not fit"):
+        backend.prepare(_batch([(1, 1)] * 5, 1), large)
 
 
 def test_a_plan_does_not_record_it() -> None:

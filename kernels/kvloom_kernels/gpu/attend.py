@@ -6,18 +6,18 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
-def attend_kernel(q: tl.tensor, k_cache: tl.tensor, v_cache: tl.tensor, tables: tl.tensor, query_starts: tl.tensor, contexts: tl.tensor, out: tl.tensor, tops: tl.tensor, sums: tl.tensor,
-                  q_stride: tl.tensor, table_stride: tl.tensor, scale: tl.tensor, soft_cap: tl.tensor, heads: tl.tensor, kv_heads: tl.tensor, tokens: tl.tensor, splits: tl.tensor,
-                  DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-                  WINDOW: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr,
-                  QUERIES: tl.constexpr, GROUP_PAD: tl.constexpr, KEYS: tl.constexpr, DIM_PAD: tl.constexpr,
-                  VALUE_PAD: tl.constexpr, WIDE: tl.constexpr) -> None:
+@triton.jit  # type: ignore[untyped-decorator]
+def attend_kernel(q: tl.tensor, k_cache: tl.tensor, v_cache: tl.tensor, tables: tl.tensor, query_starts: tl.tensor,
+                  contexts: tl.tensor, out: tl.tensor, tops: tl.tensor, sums: tl.tensor, q_stride: tl.tensor, table_stride: tl.tensor,
+                  scale: tl.tensor, soft_cap: tl.tensor, heads: tl.tensor, kv_heads: tl.tensor, tokens: tl.tensor, splits: tl.tensor,
+                  DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK_TOKENS: tl.constexpr, WINDOW: tl.constexpr,
+                  CAUSAL: tl.constexpr, CAPPED: tl.constexpr, QUERIES: tl.constexpr, GROUP_PAD: tl.constexpr, KEYS: tl.constexpr,
+                  DIM_PAD: tl.constexpr, VALUE_PAD: tl.constexpr, WIDE: tl.constexpr) -> None:
     """One program: QUERIES tokens of one row, all query heads of one kv head, one split of what they see.
 
-    Grid ``(rows, tiles of the longest row, kv_heads * splits)``. Writes ``out [splits, T, Hq, Dv]``, normalised over the split, with the
-    split's greatest score and sum of weights in ``tops`` and ``sums`` ``[splits, T, Hq]``, float32. WINDOW 0: none. WIDE: products take
-    float32, since triton's interpreter multiplies bfloat16 as integers; numbers are rounded as without.
+    Grid ``(rows, tiles of the longest row, kv_heads * splits)``. Writes ``out [splits, T, Hq, Dv]``, normalised over the split, with
+    the split's greatest score and sum of weights in ``tops`` and ``sums`` ``[splits, T, Hq]``, float32. WINDOW 0: none. WIDE: products
+    take float32, since triton's interpreter multiplies bfloat16 as integers; numbers are rounded as without.
     """
     row = tl.program_id(0)
     first_query = tl.program_id(1) * QUERIES
@@ -99,7 +99,7 @@ def attend_kernel(q: tl.tensor, k_cache: tl.tensor, v_cache: tl.tensor, tables: 
     tl.store(sums + entry, total, mask=real)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def join_kernel(parts: tl.tensor, tops: tl.tensor, sums: tl.tensor, out: tl.tensor, rows: tl.tensor, splits: tl.tensor,
                 VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr) -> None:
     """One program a token and head: the splits' results, each by its share of the weights. Grid ``(T * Hq,)``; ``rows`` is T * Hq."""
@@ -117,13 +117,15 @@ def join_kernel(parts: tl.tensor, tops: tl.tensor, sums: tl.tensor, out: tl.tens
     tl.store(out + entry * VALUE_DIM + dims, (acc / total).to(out.dtype.element_ty), mask=dims < VALUE_DIM)
 
 
-@triton.jit
-def write_kernel(new: tl.tensor, cache: tl.tensor, slots: tl.tensor, stride: tl.tensor, kv_heads: tl.tensor, DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-                 DIM_PAD: tl.constexpr) -> None:
-    """One token's head to its slot. Grid ``(T, kv_heads)``; ``new [T, Hk, D]``, ``cache [N, Hk, B, D]``."""
+@triton.jit  # type: ignore[untyped-decorator]
+def write_kernel(new: tl.tensor, cache: tl.tensor, slots: tl.tensor, stride: tl.tensor, kv_heads: tl.tensor, DIM: tl.constexpr,
+                 BLOCK_TOKENS: tl.constexpr, DIM_PAD: tl.constexpr) -> None:
+    """One token's head to its slot; a negative one is skipped. Grid ``(T, kv_heads)``; ``new [T, Hk, D]``, ``cache [N, Hk, B, D]``."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     slot = tl.load(slots + token)
+    if slot < 0:
+        return
     dims = tl.arange(0, DIM_PAD)
     place = ((slot // BLOCK_TOKENS) * kv_heads + head) * BLOCK_TOKENS + slot % BLOCK_TOKENS
     tl.store(cache + place * DIM + dims, tl.load(new + token * stride + head * DIM + dims, mask=dims < DIM), mask=dims < DIM)

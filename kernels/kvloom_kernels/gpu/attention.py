@@ -17,7 +17,7 @@ MAX_SPLITS = 16
 
 def padded(elements: int) -> int:
     """The power of two that holds so many, at least 16, which `tl.dot` needs."""
-    return max(16, triton.next_power_of_2(elements))
+    return max(16, int(triton.next_power_of_2(elements)))
 
 
 def split_count(programs: int, max_context_tokens: int, wanted_programs: int = 256) -> int:
@@ -26,7 +26,8 @@ def split_count(programs: int, max_context_tokens: int, wanted_programs: int = 2
 
 
 def paged_write(new: Tensor, cache: Tensor, slots: Tensor) -> None:
-    """Store ``new [T, Hk, D]`` (heads side by side, tokens at any stride) at ``slots [T]`` int64 of ``cache [N, Hk, B, D]``."""
+    """Store ``new [T, Hk, D]`` (heads side by side, tokens at any stride) at ``slots [T]`` int64 of ``cache [N, Hk, B, D]``; a negative
+    slot stores nothing."""
     refuse_recording("a Triton kernel")
     tokens, heads, dim = new.shape
     if tokens:

@@ -13,7 +13,7 @@ KVLOOM_API = {"attention_backends": 0}
 
 @hookimpl
 def kvloom_register_attention_backends(registry: Registrar) -> None:
-    """The CPU's own kernels; torch, where there is no compiler for them; the plain reference; Triton for CUDA, or interpreted for tests."""
+    """The CPU's own kernels; Triton for CUDA, or interpreted for tests; torch, where neither can run; the plain reference."""
     registry.add("cpu", "kvloom_plugins.attention.cpu:CpuAttention",
                  needs=Requirement(devices=("cpu",), dtypes=("float32", "bfloat16")))
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
