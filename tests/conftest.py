@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import importlib.util
 import os
 import sys
@@ -12,6 +13,9 @@ from types import ModuleType
 # Tiny models: a second thread costs more than it gives, and on a busy machine very much more. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Without a GPU the Triton kernels are interpreted; triton reads it while it is imported.
+if ctypes.util.find_library("cuda") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 from hypothesis import settings

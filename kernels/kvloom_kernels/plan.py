@@ -113,3 +113,9 @@ def unrecorded(name: str) -> Callable[..., Any]:
         raise NotRecordableError(f"{name} cannot be recorded")
     function: Callable[..., Any] = getattr(library(), name)
     return function
+
+
+def refuse_recording(what: str) -> None:
+    """For kernels of other kinds, which no plan can hold. Raises `NotRecordableError` within `recorded`."""
+    if _thread.recording is not None:
+        raise NotRecordableError(f"{what} cannot be recorded")

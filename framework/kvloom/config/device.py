@@ -18,7 +18,7 @@ class DeviceSection(Section):
 
     device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="where the model runs"),
                       NotYet({"cuda": "use 'cpu' or 'auto'"})] = "auto"
-    attention_backend: Annotated[str, Field(min_length=1, description="auto, cpu, torch, reference, or a plugin's name")] = "auto"
+    attention_backend: Annotated[str, Field(min_length=1, description="auto, cpu, triton, torch, reference, a plugin's")] = "auto"
     distributed_executor_backend: Annotated[str, Field(
         min_length=1, description="uni (in this process), or a plugin's name; None: uni")] = "uni"
     tensor_parallel_size: Annotated[int, Field(ge=1, description="ranks that divide each layer"), Unsupported("use 1")] = 1

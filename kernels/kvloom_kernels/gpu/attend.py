@@ -1,0 +1,131 @@
+"""The Triton kernels of paged attention: one for any mix of prompts, chunks and decodes, and one that joins its splits."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def attend_kernel(q: tl.tensor, k_cache: tl.tensor, v_cache: tl.tensor, tables: tl.tensor, query_starts: tl.tensor,
+                  contexts: tl.tensor, out: tl.tensor, tops: tl.tensor, sums: tl.tensor, q_stride: tl.tensor, table_stride: tl.tensor,
+                  scale: tl.tensor, soft_cap: tl.tensor, heads: tl.tensor, kv_heads: tl.tensor, tokens: tl.tensor, splits: tl.tensor,
+                  DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK_TOKENS: tl.constexpr, WINDOW: tl.constexpr,
+                  CAUSAL: tl.constexpr, CAPPED: tl.constexpr, QUERIES: tl.constexpr, GROUP_PAD: tl.constexpr, KEYS: tl.constexpr,
+                  DIM_PAD: tl.constexpr, VALUE_PAD: tl.constexpr, WIDE: tl.constexpr) -> None:
+    """One program: QUERIES tokens of one row, all query heads of one kv head, one split of what they see.
+
+    Grid ``(rows, tiles of the longest row, kv_heads * splits)``. Writes ``out [splits, T, Hq, Dv]``, normalised over the split, with
+    the split's greatest score and sum of weights in ``tops`` and ``sums`` ``[splits, T, Hq]``, float32. WINDOW 0: none. WIDE: products
+    take float32, since triton's interpreter multiplies bfloat16 as integers; numbers are rounded as without.
+    """
+    row = tl.program_id(0)
+    first_query = tl.program_id(1) * QUERIES
+    kv_head = tl.program_id(2) % kv_heads
+    split = tl.program_id(2) // kv_heads
+    begin = tl.load(query_starts + row)
+    count = tl.load(query_starts + row + 1) - begin
+    if first_query >= count:
+        return
+    context = tl.load(contexts + row)
+    before = context - count
+
+    lane = tl.arange(0, QUERIES * GROUP_PAD)
+    query = first_query + lane // GROUP_PAD
+    member = lane % GROUP_PAD
+    real = (query < count) & (member < GROUP)
+    token = (begin + query).to(tl.int64)
+    head = kv_head * GROUP + member
+    position = before + query
+    dims = tl.arange(0, DIM_PAD)
+    value_dims = tl.arange(0, VALUE_PAD)
+    queries = tl.load(q + token[:, None] * q_stride + head[:, None] * DIM + dims[None, :],
+                      mask=real[:, None] & (dims[None, :] < DIM), other=0.0)
+
+    if WIDE:
+        queries = queries.to(tl.float32)
+
+    # What any query of this tile sees: nothing outside of it is read, it may be anybody's.
+    last_query = tl.minimum(first_query + QUERIES, count) - 1
+    low = 0
+    high = context
+    if CAUSAL:
+        high = before + last_query + 1
+    if WINDOW:
+        low = tl.maximum(0, before + first_query - WINDOW + 1)
+        high = tl.minimum(high, before + last_query + WINDOW)
+    share = tl.cdiv(tl.cdiv(high - low, splits), KEYS) * KEYS
+    start = low + split * share
+    stop = tl.minimum(high, start + share)
+
+    top = tl.full([QUERIES * GROUP_PAD], -1e30, tl.float32)
+    total = tl.zeros([QUERIES * GROUP_PAD], tl.float32)
+    acc = tl.zeros([QUERIES * GROUP_PAD, VALUE_PAD], tl.float32)
+    for at in range(start, stop, KEYS):
+        key = at + tl.arange(0, KEYS)
+        there = key < stop
+        block = tl.load(tables + row * table_stride + key // BLOCK_TOKENS, mask=there, other=0).to(tl.int64)
+        place = (block * kv_heads + kv_head) * BLOCK_TOKENS + key % BLOCK_TOKENS
+        keys = tl.load(k_cache + place[None, :] * DIM + dims[:, None], mask=there[None, :] & (dims[:, None] < DIM), other=0.0)
+        if WIDE:
+            keys = keys.to(tl.float32)
+        scores = tl.dot(queries, keys, input_precision="ieee") * scale
+        if CAPPED:
+            scores = soft_cap * (2.0 * tl.sigmoid(2.0 * scores / soft_cap) - 1.0)  # tanh
+        seen = there[None, :] & real[:, None]
+        if CAUSAL:
+            seen = seen & (key[None, :] <= position[:, None])
+        if WINDOW:
+            seen = seen & (key[None, :] > position[:, None] - WINDOW) & (key[None, :] < position[:, None] + WINDOW)
+        scores = tl.where(seen, scores, -1e30)
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.where(seen, tl.exp(scores - new_top[:, None]), 0.0)
+        shrink = tl.exp(top - new_top)
+        total = total * shrink + tl.sum(weights, 1)
+        values = tl.load(v_cache + place[:, None] * VALUE_DIM + value_dims[None, :],
+                         mask=there[:, None] & (value_dims[None, :] < VALUE_DIM), other=0.0)
+        weights = weights.to(values.dtype)
+        if WIDE:
+            weights = weights.to(tl.float32)
+            values = values.to(tl.float32)
+        acc = acc * shrink[:, None] + tl.dot(weights, values, input_precision="ieee")
+        top = new_top
+
+    result = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    entry = (split * tokens + token) * heads + head
+    tl.store(out + entry[:, None] * VALUE_DIM + value_dims[None, :], result.to(out.dtype.element_ty),
+             mask=real[:, None] & (value_dims[None, :] < VALUE_DIM))
+    tl.store(tops + entry, top, mask=real)
+    tl.store(sums + entry, total, mask=real)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def join_kernel(parts: tl.tensor, tops: tl.tensor, sums: tl.tensor, out: tl.tensor, rows: tl.tensor, splits: tl.tensor,
+                VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr) -> None:
+    """One program a token and head: the splits' results, each by its share of the weights. Grid ``(T * Hq,)``; ``rows`` is T * Hq."""
+    entry = tl.program_id(0).to(tl.int64)
+    dims = tl.arange(0, VALUE_PAD)
+    top = tl.load(tops + entry)
+    for s in range(1, splits):
+        top = tl.maximum(top, tl.load(tops + s * rows + entry))
+    acc = tl.zeros([VALUE_PAD], tl.float32)
+    total = 0.0
+    for s in range(0, splits):
+        weight = tl.load(sums + s * rows + entry) * tl.exp(tl.load(tops + s * rows + entry) - top)
+        acc += weight * tl.load(parts + (s * rows + entry) * VALUE_DIM + dims, mask=dims < VALUE_DIM, other=0.0)
+        total += weight
+    tl.store(out + entry * VALUE_DIM + dims, (acc / total).to(out.dtype.element_ty), mask=dims < VALUE_DIM)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def write_kernel(new: tl.tensor, cache: tl.tensor, slots: tl.tensor, stride: tl.tensor, kv_heads: tl.tensor, DIM: tl.constexpr,
+                 BLOCK_TOKENS: tl.constexpr, DIM_PAD: tl.constexpr) -> None:
+    """One token's head to its slot; a negative one is skipped. Grid ``(T, kv_heads)``; ``new [T, Hk, D]``, ``cache [N, Hk, B, D]``."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    slot = tl.load(slots + token)
+    if slot < 0:
+        return
+    dims = tl.arange(0, DIM_PAD)
+    place = ((slot // BLOCK_TOKENS) * kv_heads + head) * BLOCK_TOKENS + slot % BLOCK_TOKENS
+    tl.store(cache + place * DIM + dims, tl.load(new + token * stride + head * DIM + dims, mask=dims < DIM), mask=dims < DIM)

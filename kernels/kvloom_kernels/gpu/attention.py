@@ -1,0 +1,65 @@
+"""Calls of the Triton kernels over ``k [N, Hk, B, D]`` and ``v [N, Hk, B, Dv]``. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from kvloom_kernels.attention import Scores
+from kvloom_kernels.gpu.attend import attend_kernel, join_kernel, write_kernel
+from kvloom_kernels.plan import refuse_recording
+
+KEYS = 32
+"""Keys a program takes at once. Not tuned: no GPU was at hand."""
+MAX_SPLITS = 16
+
+
+def padded(elements: int) -> int:
+    """The power of two that holds so many, at least 16, which `tl.dot` needs."""
+    return max(16, int(triton.next_power_of_2(elements)))
+
+
+def split_count(programs: int, max_context_tokens: int, wanted_programs: int = 256) -> int:
+    """Among how many programs a row's context is divided, so that few sequences still fill a GPU. At least 8 tiles of keys each."""
+    return max(1, min(MAX_SPLITS, wanted_programs // max(programs, 1), max_context_tokens // (8 * KEYS)))
+
+
+def paged_write(new: Tensor, cache: Tensor, slots: Tensor) -> None:
+    """Store ``new [T, Hk, D]`` (heads side by side, tokens at any stride) at ``slots [T]`` int64 of ``cache [N, Hk, B, D]``; a negative
+    slot stores nothing."""
+    refuse_recording("a Triton kernel")
+    tokens, heads, dim = new.shape
+    if tokens:
+        write_kernel[(tokens, heads)](new, cache, slots, new.stride(0), heads, DIM=dim, BLOCK_TOKENS=cache.shape[2],
+                                      DIM_PAD=triton.next_power_of_2(dim))
+
+
+def paged_attention_gpu(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, query_starts: Tensor, context_tokens: Tensor,
+                        scores: Scores, max_query_tokens: int, splits: int, out: Tensor) -> Tensor:
+    """All rows of a step, ``q [T, Hq, D]`` (heads side by side) -> ``out [T, Hq, Dv]``, contiguous, filled and returned.
+
+    Args:
+        block_table: ``[R, B]`` int32, query_starts ``[R + 1]`` and context_tokens ``[R]`` int32: on the device.
+        max_query_tokens: the longest row's, from the host.
+        splits: see `split_count`.
+    """
+    refuse_recording("a Triton kernel")
+    tokens, heads, dim = q.shape
+    kv_heads, block_tokens, value_dim = v_cache.shape[1:]
+    if not tokens:
+        return out
+    group = heads // kv_heads
+    group_pad = triton.next_power_of_2(group)
+    queries = max(1, (16 if max_query_tokens == 1 else 64) // group_pad)
+    parts = out if splits == 1 else torch.empty(splits, tokens, heads, value_dim, dtype=torch.float32, device=q.device)
+    tops, sums = (torch.empty(splits, tokens, heads, dtype=torch.float32, device=q.device) for _ in range(2))
+    grid = (context_tokens.shape[0], triton.cdiv(max_query_tokens, queries), kv_heads * splits)
+    attend_kernel[grid](
+        q, k_cache, v_cache, block_table, query_starts, context_tokens, parts, tops, sums, q.stride(0), block_table.stride(0),
+        scores.scale, scores.soft_cap or 0.0, heads, kv_heads, tokens, splits, DIM=dim, VALUE_DIM=value_dim, GROUP=group,
+        BLOCK_TOKENS=block_tokens, WINDOW=scores.window_tokens or 0, CAUSAL=scores.causal, CAPPED=scores.soft_cap is not None,
+        QUERIES=queries, GROUP_PAD=group_pad, KEYS=KEYS, DIM_PAD=padded(dim), VALUE_PAD=padded(value_dim), WIDE=q.device.type == "cpu")
+    if splits > 1:
+        join_kernel[(tokens * heads,)](parts, tops, sums, out, tokens * heads, splits, VALUE_DIM=value_dim, VALUE_PAD=padded(value_dim))
+    return out

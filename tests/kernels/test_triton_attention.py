@@ -1,0 +1,138 @@
+"""The Triton backend against torch's own attention and the plain reference: interpreted where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs triton: install kvloom[gpu]")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("runs interpreted on CPU tensors: set TRITON_INTERPRET=1", allow_module_level=True)
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_attention import SPEC, Case, assert_close
+
+from kvloom.errors import InternalError
+from kvloom.interfaces import AttentionBatch, AttentionSpec, LayerCache
+from kvloom_kernels.gpu.attention import MAX_SPLITS, split_count
+from kvloom_kernels.native import problem
+from kvloom_kernels.plan import NotRecordableError, Plan, recorded
+from kvloom_plugins.attention.reference import ReferenceAttention
+from kvloom_plugins.attention.triton import TritonAttention
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("rows", [[(0, 1)], [(0, 37)], [(15, 1), (16, 1)], [(5, 20), (40, 1), (0, 3)]], ids=str)
+@pytest.mark.parametrize("window", [None, 1, 16, 40])
+def test_prompts_chunks_and_decodes_in_one_step(rows: list, window: int | None) -> None:
+    assert_close(Case(replace(SPEC, window_tokens=window), rows), TritonAttention)
+
+
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("rows", [[(2100, 1)], [(1500, 1), (600, 3)]], ids=str)
+def test_a_long_context_is_divided_among_programs(rows: list, window: int | None) -> None:
+    assert split_count(len(rows) * SPEC.num_kv_heads, max(map(sum, rows))) > 4
+    assert_close(Case(replace(SPEC, window_tokens=window), rows), TritonAttention)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "value_dim"), [(1, 1, 8, 8), (8, 1, 128, 128), (3, 1, 7, 5), (2, 2, 80, 96)])
+@pytest.mark.parametrize("block_tokens", [1, 5, 16, 32])
+def test_head_shapes_and_block_sizes(heads: int, kv_heads: int, dim: int, value_dim: int, block_tokens: int) -> None:
+    spec = AttentionSpec(heads, kv_heads, dim, value_dim, dim ** -0.5, block_tokens=block_tokens)
+    assert_close(Case(spec, [(33, 1), (0, 18), (2, 5)]), TritonAttention)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_bidirectional(window: int | None) -> None:
+    assert_close(Case(replace(SPEC, causal=False, window_tokens=window), [(0, 25), (0, 1), (0, 40)]), TritonAttention)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2e-2), ("float16", 3e-3)])
+def test_half_precision_is_as_close_as_its_rounding(dtype: str, tolerance: float) -> None:
+    assert_close(Case(replace(SPEC, dtype=dtype, cache_dtype=dtype), [(600, 1), (3, 30)]), TritonAttention, tolerance)
+
+
+def test_soft_cap_agrees_with_the_reference() -> None:
+    case = Case(replace(SPEC, soft_cap=2.5), [(0, 30), (20, 1)])
+    torch.testing.assert_close(case.run(TritonAttention)[0], case.run(ReferenceAttention)[0], atol=2e-5, rtol=2e-5)
+
+
+@given(rows=st.lists(st.tuples(st.integers(0, 90), st.integers(1, 20)), min_size=1, max_size=3), block_tokens=st.integers(1, 20),
+       window=st.none() | st.integers(1, 60), group=st.integers(1, 8), seed=st.integers(0, 5))
+@settings(max_examples=12, deadline=None)
+def test_random_batches(rows: list, block_tokens: int, window: int | None, group: int, seed: int) -> None:
+    assert_close(Case(replace(SPEC, num_heads=2 * group, block_tokens=block_tokens, window_tokens=window), rows, seed), TritonAttention)
+
+
+def test_few_sequences_of_long_contexts_are_split_and_many_are_not() -> None:
+    assert split_count(2, 10_000) == MAX_SPLITS
+    assert split_count(2, 100) == split_count(1000, 10_000) == 1
+
+
+def _batch(rows: list[tuple[int, int]], first_block: int) -> AttentionBatch:
+    """Rows as (tokens before, tokens new), in blocks of their own of 16 tokens."""
+    counts, contexts = [n for _, n in rows], [b + n for b, n in rows]
+    starts = np.cumsum([0, *counts]).astype(np.int32)
+    width = max(-(-c // 16) for c in contexts)
+    table = first_block + torch.arange(len(rows) * width, dtype=torch.int32).view(len(rows), width)
+    slots = torch.cat([table[r, torch.arange(b, b + n) // 16].long() * 16 + torch.arange(b, b + n) % 16 for r, (b, n) in enumerate(rows)])
+    return AttentionBatch(torch.from_numpy(starts), torch.tensor(contexts, dtype=torch.int32), table, slots, starts,
+                          np.array(contexts, np.int32), max(counts), max(contexts))
+
+
+def test_refilled_buffers_of_more_rows_give_the_same_and_write_nowhere_else() -> None:
+    backend, rows = TritonAttention(SPEC), [(30, 1), (5, 1)]
+    caches = [LayerCache(0, tuple(torch.full((24, *t.shape), 0.25) for t in backend.state_shapes())) for _ in range(2)]
+    large = backend.prepare(_batch([(40, 1), (20, 1), (33, 1), (7, 1)], 1))
+    addresses = [t.data_ptr() for t in (large.batch.block_table, large.batch.slots, large.batch.context_tokens, large.batch.query_starts)]
+    q, k, v = torch.randn(4, 6, 20), torch.randn(4, 2, 20), torch.randn(4, 2, 20)
+    results = []
+    for meta, cache, tokens in ((backend.prepare(_batch(rows, 15)), caches[0], 2), (backend.prepare(_batch(rows, 15), large), caches[1], 4)):
+        backend.write(k[:tokens], v[:tokens], cache, meta)
+        results.append(backend.attend(q[:tokens], cache, meta, torch.empty(tokens, 6, 20))[:2])
+    torch.testing.assert_close(results[1], results[0])
+    assert all(torch.equal(a, b) for a, b in zip(caches[0].tensors, caches[1].tensors, strict=True))
+    kept = large.batch
+    assert addresses == [t.data_ptr() for t in (kept.block_table, kept.slots, kept.context_tokens, kept.query_starts)]
+    with pytest.raises(InternalError, match="does not fit"):
+        backend.prepare(_batch([(1, 1)] * 5, 1), large)
+
+
+def test_a_plan_does_not_record_it() -> None:
+    with recorded(Plan(1)), pytest.raises(NotRecordableError, match="Triton"):
+        Case(SPEC, [(3, 1)]).run(TritonAttention)
+
+
+def test_what_it_has_not_is_said() -> None:
+    assert "sinks" in str(TritonAttention.supports(replace(SPEC, sinks=True)))
+    assert "stored" in str(TritonAttention.supports(replace(SPEC, stored=False)))
+
+
+def test_an_engine_gives_the_cpu_backends_tokens_call_by_call(small_checkpoint: Path, capfd: pytest.CaptureFixture) -> None:
+    from kvloom import LLM, SamplingParams
+
+    def tokens(backend: str) -> list:
+        llm = LLM(str(small_checkpoint), dtype="float32", attention_backend=backend, max_model_len=64, num_gpu_blocks_override=32)
+        return [list(o.outputs[0].token_ids) for o in llm.generate(["abc", "The quick brown"], SamplingParams(temperature=0, max_tokens=5))]
+
+    expected = tokens("reference" if problem() else "cpu")
+    capfd.readouterr()
+    assert tokens("triton") == expected
+    if not problem():
+        assert "decode steps run call by call" in "".join(capfd.readouterr())
+
+
+def test_every_kernel_compiles_for_both_architectures() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "compile_gpu_kernels")], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert all(done.stdout.count(f"sm_{c}") >= 5 for c in (80, 90)), done.stdout
