@@ -120,12 +120,10 @@ def join_kernel(parts: tl.tensor, tops: tl.tensor, sums: tl.tensor, out: tl.tens
 @triton.jit  # type: ignore[untyped-decorator]
 def write_kernel(new: tl.tensor, cache: tl.tensor, slots: tl.tensor, stride: tl.tensor, kv_heads: tl.tensor, DIM: tl.constexpr,
                  BLOCK_TOKENS: tl.constexpr, DIM_PAD: tl.constexpr) -> None:
-    """One token's head to its slot; a negative one is skipped. Grid ``(T, kv_heads)``; ``new [T, Hk, D]``, ``cache [N, Hk, B, D]``."""
+    """One token's head to its slot. Grid ``(T, kv_heads)``; ``new [T, Hk, D]``, ``cache [N, Hk, B, D]``."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     slot = tl.load(slots + token)
-    if slot < 0:
-        return
     dims = tl.arange(0, DIM_PAD)
     place = ((slot // BLOCK_TOKENS) * kv_heads + head) * BLOCK_TOKENS + slot % BLOCK_TOKENS
     tl.store(cache + place * DIM + dims, tl.load(new + token * stride + head * DIM + dims, mask=dims < DIM), mask=dims < DIM)

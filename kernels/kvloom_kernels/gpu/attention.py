@@ -26,8 +26,7 @@ def split_count(programs: int, max_context_tokens: int, wanted_programs: int = 2
 
 
 def paged_write(new: Tensor, cache: Tensor, slots: Tensor) -> None:
-    """Store ``new [T, Hk, D]`` (heads side by side, tokens at any stride) at ``slots [T]`` int64 of ``cache [N, Hk, B, D]``; a negative
-    slot stores nothing."""
+    """Store ``new [T, Hk, D]`` (heads side by side, tokens at any stride) at ``slots [T]`` int64 of ``cache [N, Hk, B, D]``."""
     refuse_recording("a Triton kernel")
     tokens, heads, dim = new.shape
     if tokens:

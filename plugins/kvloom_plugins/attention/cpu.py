@@ -11,7 +11,7 @@ from kvloom.interfaces import AttentionBatch, AttentionSpec, LayerCache, TensorS
 from kvloom_kernels.attention import WORKSPACE_BYTES, cache_shapes, norm_rope_write, paged_attention
 from kvloom_kernels.native import problem
 from kvloom_kernels.token_attention import token_attention
-from kvloom_plugins.attention.paged import PagedAttention, PagedMeta
+from kvloom_plugins.attention.paged import PagedAttention, PagedMeta, are_together, heads_together
 
 
 class CpuAttention(PagedAttention):
@@ -44,7 +44,7 @@ class CpuAttention(PagedAttention):
 
     def write(self, k: Tensor, v: Tensor, cache: LayerCache, meta: PagedMeta) -> None:
         """See `AttentionBackend.write`."""
-        k, v = _heads_together(k), _heads_together(v)
+        k, v = heads_together(k), heads_together(v)
         k_cache, v_cache = cache.tensors
         norm_rope_write(k[:, :0], k, v, k_cache, v_cache, meta.batch.slots, self.spec.block_tokens)
 
@@ -52,29 +52,20 @@ class CpuAttention(PagedAttention):
         """See `AttentionBackend.attend`."""
         batch = meta.batch
         k_cache, v_cache = cache.tensors
-        return paged_attention(_heads_together(q), k_cache, v_cache, batch.block_table, batch.query_starts, batch.context_tokens,
+        return paged_attention(heads_together(q), k_cache, v_cache, batch.block_table, batch.query_starts, batch.context_tokens,
                                self.scores, self.spec.block_tokens, self._workspace, out,
                                None if sinks is None else sinks.float().contiguous())
 
     def attend_tokens(self, q: Tensor, k: Tensor, v: Tensor, meta: PagedMeta, out: Tensor) -> Tensor:
         """See `AttentionBackend.attend_tokens`."""
-        return token_attention(_heads_together(q), _heads_together(k), _heads_together(v), meta.batch.query_starts, self.scores, out)
+        return token_attention(heads_together(q), heads_together(k), heads_together(v), meta.batch.query_starts, self.scores, out)
 
     def norm_rope_write(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, meta: PagedMeta, cos_sin: Tensor,
                         positions: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> bool:
         """See `AttentionBackend.norm_rope_write`."""
-        if not all(_is_together(x) for x in (q, k, v)):
+        if not all(are_together(x) for x in (q, k, v)):
             return False
         norms = None if q_norm is None or k_norm is None else (q_norm, k_norm)
         k_cache, v_cache = cache.tensors
         norm_rope_write(q, k, v, k_cache, v_cache, meta.batch.slots, self.spec.block_tokens, (cos_sin, positions), norms, eps)
         return True
-
-
-def _is_together(x: Tensor) -> bool:
-    """Whether a token's heads ``[heads, D]`` lie one after the other."""
-    return x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2])
-
-
-def _heads_together(x: Tensor) -> Tensor:
-    return x if _is_together(x) else x.contiguous()

@@ -58,3 +58,13 @@ class PagedAttention(AttentionBackend):
         block, offset = meta.places
         for new, kept in ((k, cache.tensors[0]), (v, cache.tensors[1])):
             kept[block, :, offset] = new
+
+
+def are_together(x: Tensor) -> bool:
+    """Whether a token's heads ``[heads, D]`` lie one after the other."""
+    return x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2])
+
+
+def heads_together(x: Tensor) -> Tensor:
+    """``x [T, heads, D]`` so that they do."""
+    return x if are_together(x) else x.contiguous()
