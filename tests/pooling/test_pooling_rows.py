@@ -329,6 +329,17 @@ def test_pooler_pooling_type__must_be_registered(directory: Path, model: torch.n
         engine(directory, task="embed", override_pooler_config=PoolerConfig(pooling_type="MAEN"))
 
 
+@pytest.mark.parametrize(("task", "config", "message"), [
+    ("generate", {"pooling_type": "MEAN"}, "says pooling_type, but this engine generates"), ("embed", {"softmax": True}, "softmax=True means nothing with task='embed'"),
+    ("embed", {"returned_token_ids": [1]}, "this engine gives embeddings"),
+])
+def test_override_pooler_config__that_would_change_nothing_is_refused_before_weights_are_read(
+        directory: Path, monkeypatch: pytest.MonkeyPatch, task: str, config: dict, message: str) -> None:
+    monkeypatch.setattr("kvloom.runtime.worker.make_loader", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(ConfigError, match=message):
+        engine(directory, task=task, override_pooler_config=config)
+
+
 def test_pooler_normalize__false_keeps_the_length(directory: Path, model: torch.nn.Module) -> None:
     with engine(directory, task="embed", override_pooler_config=PoolerConfig(normalize=False)) as made:
         close(made.embed([PROMPTS[0]], **QUIET)[0].outputs.embedding, hidden_of(model, PROMPTS[0])[-1])

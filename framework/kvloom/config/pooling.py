@@ -95,6 +95,21 @@ def choose_task(requested: str, tasks: Sequence[str], *, is_sentence_model: bool
     return found
 
 
+def refuse_in_vain(task: str, config: PoolerConfig | None) -> None:
+    """Raises `ConfigError` where a caller's wishes would change nothing."""
+    said = {} if config is None else config.model_dump(exclude_none=True)
+    if not said:
+        return
+    if task == GENERATE:
+        raise ConfigError(f"override_pooler_config says {', '.join(said)}, but this engine generates; make it with task='embed' (or "
+                          "classify, score, reward), or leave it out")
+    other, ours = ("normalize", "softmax") if task in LABEL_TASKS else ("softmax", "normalize")
+    if said.get(other):
+        raise ConfigError(f"override_pooler_config: {other}=True means nothing with task={task!r}; {ours} does")
+    if task not in LABEL_TASKS and "returned_token_ids" in said:
+        raise ConfigError("override_pooler_config: returned_token_ids choose scores of labels, this engine gives embeddings")
+
+
 def plan_pooling(task: str, config: PoolerConfig | None, modules: SentenceModules | None, model: ModelConfig,
                  raw: Mapping[str, Any]) -> PoolingPlan:
     """See `PoolingPlan`.

@@ -14,7 +14,7 @@ from kvloom.config.checkpoint import Fetch, resolve_model_dir
 from kvloom.config.generation import default_sampling, end_tokens, read_generation
 from kvloom.config.model import ModelSection
 from kvloom.config.model_json import derive_max_model_len, has_window, parse_model_config, without_window
-from kvloom.config.pooling import GENERATE, PoolingPlan, choose_task, plan_pooling
+from kvloom.config.pooling import GENERATE, PoolingPlan, choose_task, plan_pooling, refuse_in_vain
 from kvloom.config.sentence_transformers import is_sentence_model, read_modules
 from kvloom.errors import ConfigError, NotRegisteredError, PluginLoadError, UnsupportedArchitectureError
 from kvloom.hooks.loader import PluginSet
@@ -105,10 +105,16 @@ def open_source(config: EngineConfig, plugins: PluginSet) -> ModelSource:
 
 def open_pooling(config: EngineConfig, directory: Path, task: str, model_config: ModelConfig,
                  raw: Mapping[str, Any]) -> PoolingPlan | None:
-    """How the engine pools, None where it generates. Raises `ModelError` for files that cannot be used."""
+    """How the engine pools, None where it generates.
+
+    Raises:
+        ModelError: files that cannot be used.
+        ConfigError: the caller says what means nothing here.
+    """
+    said = config.features.override_pooler_config
+    refuse_in_vain(task, said)
     if task == GENERATE:
         return None
-    said = config.features.override_pooler_config
     modules = read_modules(directory, None if said is None else said.pooling_type) if task == "embed" else None
     return plan_pooling(task, said, modules, model_config, raw)
 
