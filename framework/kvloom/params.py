@@ -12,8 +12,10 @@ from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any, Self
 
+from kvloom import other_fields
 from kvloom.errors import RequestValidationError, shown
 from kvloom.logs import get_logger
+from kvloom.other_fields import refuses
 from kvloom.param_checks import (
     check_bias,
     check_bool,
@@ -59,6 +61,7 @@ class RequestOutputKind(IntEnum):
     FINAL_ONLY = 2
 
 
+@refuses(other_fields.SAMPLING)
 @dataclass
 class SamplingParams:
     """How to generate. Positional in field order, as vLLM's.
@@ -293,6 +296,7 @@ def field_names() -> list[str]:
     return [f.name for f in fields(SamplingParams)]
 
 
+@refuses(other_fields.BEAMS)
 @dataclass
 class BeamSearchParams:
     """How to search. Positional in field order, as vLLM's.

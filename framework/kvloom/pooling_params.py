@@ -6,13 +6,16 @@ import copy
 from dataclasses import dataclass
 from typing import Any, Self
 
+from kvloom import other_fields
 from kvloom.errors import RequestValidationError
+from kvloom.other_fields import refuses
 from kvloom.param_checks import check_bool, check_extra_args, check_ids, check_int
 
 POOLING_TASKS = ("embed", "classify", "score", "reward", "token_embed", "token_classify")
 """What a pooling request may be for; those that begin with ``token_`` give one row a token."""
 
 
+@refuses(other_fields.POOLING)
 @dataclass
 class PoolingParams:
     """How to pool. What is None is the engine's to say: its pooler configuration, then the checkpoint, then the model.

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, Self, TypedDict
 
+from kvloom import other_fields
 from kvloom.errors import RequestTypeError, RequestValidationError, UnsupportedFeatureError, shown
+from kvloom.other_fields import refuses
 from kvloom.param_checks import check_bool, is_unicode
 
 MAX_CHARACTERS = 2**18
@@ -64,6 +66,7 @@ class BackendChoice(NamedTuple):
         return cls(name or AUTO, **{OPTIONS[option]: True for option in given if OPTIONS[option]})
 
 
+@refuses(other_fields.STRUCTURE)
 @dataclass
 class StructuredOutputsParams:
     """What the output must be: exactly one of the first five.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
-from dataclasses import fields
+import pickle
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvloom import RequestOutputKind, SamplingParams
+from kvloom import BeamSearchParams, GuidedDecodingParams, PoolingParams, RequestOutputKind, SamplingParams, StructuredOutputsParams
 from kvloom.errors import RequestValidationError, UnsupportedFeatureError
 
 ANYTHING = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.lists(st.integers(), max_size=3),
@@ -70,3 +73,35 @@ def test_what_a_field_takes_and_what_it_refuses(name: str, good: list, bad: list
     for value in bad:
         with pytest.raises(RequestValidationError, match=name):
             SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize(("cls", "given", "message"), [
+    (SamplingParams, {"use_beam_search": True}, "LLM.beam_search"), (SamplingParams, {"length_penalty": 0.5}, "BeamSearchParams"),
+    (SamplingParams, {"flat_logprobs": True}, "one dict a token"), (SamplingParams, {"thinking_token_budget": 5}, "use max_tokens"),
+    (PoolingParams, {"normalize": False}, "use_activation"), (BeamSearchParams, {"beam_width": 2, "max_tokens": 3, "early_stopping": True}, "goes on"),
+    (GuidedDecodingParams, {"regex": "a", "disable_fallback": True}, "GuidedDecodingParams.disable_fallback"),
+])
+def test_fields_of_other_versions_are_refused_with_what_to_do(cls: type, given: dict, message: str) -> None:
+    with pytest.raises(UnsupportedFeatureError, match=message):
+        cls(**given)
+
+
+def test_fields_of_other_versions_may_have_their_default() -> None:
+    assert SamplingParams(use_beam_search=False, length_penalty=1.0, flat_logprobs=False, top_k=3) == SamplingParams(top_k=3)
+    assert PoolingParams(normalize=None) == PoolingParams()
+
+
+@pytest.mark.parametrize(("cls", "given", "near"), [
+    (SamplingParams, {"temprature": 1.0}, "temperature"), (PoolingParams, {"dimension": 3}, "dimensions"), (GuidedDecodingParams, {"regexp": "a"}, "regex"),
+    (BeamSearchParams, {"beam_size": 3}, "beam_width|unexpected"),
+])
+def test_names_that_nobody_knows_are_a_type_error_with_the_near_name(cls: type, given: dict, near: str) -> None:
+    with pytest.raises(TypeError, match=f"{cls.__name__}.. got an unexpected keyword argument.*({near})"):
+        cls(**given)
+
+
+def test_parameter_classes_stay_data() -> None:
+    params = SamplingParams(temperature=0.5, stop=["x"], structured_outputs=StructuredOutputsParams(choice=["a"]))
+    assert pickle.loads(pickle.dumps(params)) == params == copy.deepcopy(params) == replace(params)
+    assert list(inspect.signature(SamplingParams).parameters)[:3] == ["n", "best_of", "presence_penalty"]
+    assert "temperature=0.5" in repr(params)
