@@ -53,7 +53,8 @@ class BadWords(LogitsProcessor):
         if not params.bad_words:
             return None
         if tokenizer is None:
-            raise RequestValidationError("Unable to get tokenizer because skip_tokenizer_init is True, and bad_words need one",
+            raise RequestValidationError("Unable to get tokenizer because skip_tokenizer_init is True: bad_words cannot do without; "
+                                         "use logit_bias, or make the LLM without skip_tokenizer_init",
                                          "bad_words", params.bad_words)
         found = [ids for word in params.bad_words for ids in spellings(word, tokenizer)]
         if not all(found):

@@ -311,11 +311,7 @@ class LLM(PoolingCalls, Maintenance, OtherVersions):
         Raises:
             RequestValidationError: it breaks a limit, or is no grammar at all.
         """
-        rules = self.llm_engine.rules
-        if rules.grammars is None:
-            rules.need_tokenizer("structured output", "structured_outputs")
-            return []
-        return rules.grammars.validate(structure)
+        return self.llm_engine.rules.need_grammars().validate(structure)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What ``sampling_params=None`` means: what generation_config.json says, on top of ``SamplingParams()``. A new object."""

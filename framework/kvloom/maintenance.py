@@ -68,7 +68,7 @@ class Maintenance(ABC):
 
     def get_tokenizer(self) -> Any:
         """The tokenizer library's own object."""
-        return self.llm_engine.rules.need_tokenizer("get_tokenizer()").underlying
+        return self.llm_engine.rules.need_tokenizer("get_tokenizer()", "tokenizer", "use set_tokenizer").underlying
 
     def set_tokenizer(self, tokenizer: Any) -> None:
         """Use another tokenizer for later requests: its end-of-text token and chat template too.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from kvloom.core import RequestSpec, check_prompt_length, root_digest
 from kvloom.decoding import Decoding, begin
-from kvloom.errors import RequestFailedError, RequestValidationError, UnsupportedFeatureError
+from kvloom.errors import InternalError, RequestFailedError, RequestValidationError, UnsupportedFeatureError
 from kvloom.interfaces import GrammarSpec, SequenceView, Tokenizer
 from kvloom.params import PoolingParams, SamplingParams
 from kvloom.pooling_rules import PoolingRules
@@ -99,20 +99,31 @@ class RequestRules:
                                          "generate")
         return self.pooling
 
-    def need_tokenizer(self, what: str, parameter: str = "prompt") -> Tokenizer:
-        """The tokenizer. Raises `RequestValidationError` that says what needs it."""
+    def need_tokenizer(self, what: str, parameter: str = "prompt", instead: str = "give prompt_token_ids") -> Tokenizer:
+        """The tokenizer. Raises `RequestValidationError` that says what needs it, and what does not."""
         if self.tokenizer is None:
-            raise RequestValidationError(f"Unable to get tokenizer because skip_tokenizer_init is True, and {what} need one; "
-                                         "give prompt_token_ids", parameter, what)
+            raise RequestValidationError(f"Unable to get tokenizer because skip_tokenizer_init is True: {what} cannot do without; "
+                                         f"{instead}, or make the LLM without skip_tokenizer_init", parameter, what)
         return self.tokenizer
 
-    def with_tokenizer(self, tokenizer: Tokenizer) -> RequestRules:
-        """The same rules with another tokenizer. Raises `RequestValidationError` when it knows ids that the model does not."""
+    def need_grammars(self) -> GrammarGate:
+        """What tries grammars. Raises `RequestValidationError` where there is no tokenizer."""
+        self.need_tokenizer("structured output", "structured_outputs", "leave it out")
+        if self.grammars is None:
+            raise InternalError("there is a tokenizer, but nothing that tries grammars")
+        return self.grammars
+
+    def with_tokenizer(self, tokenizer: Tokenizer, grammars: GrammarGate) -> RequestRules:
+        """The same rules with another tokenizer, and what tries grammars over its tokens.
+
+        Raises:
+            RequestValidationError: it knows ids that the model does not.
+        """
         if tokenizer.vocab_size > self.vocab_size:
             raise RequestValidationError(f"the tokenizer knows token ids up to {tokenizer.vocab_size - 1}, the model's are 0 to "
                                          f"{self.vocab_size - 1}; give the tokenizer that the model was trained with", "tokenizer",
                                          tokenizer.vocab_size)
-        return replace(self, tokenizer=tokenizer, grammars=None, end_tokens=EndTokens.of(self.end_tokens.configured, tokenizer))
+        return replace(self, tokenizer=tokenizer, grammars=grammars, end_tokens=EndTokens.of(self.end_tokens.configured, tokenizer))
 
     def specs(self, prompt: ParsedPrompt, params: SamplingParams | PoolingParams | Decoding, number: int,
               priority: int) -> list[RequestSpec]:
@@ -133,7 +144,7 @@ class RequestRules:
             return [self.branching(prompt, params, number, priority)]
         sampling = params.with_vocabulary(self.vocab_size, self.max_logprobs)
         if sampling.stop_strings:
-            self.need_tokenizer("stop strings", "stop")
+            self.need_tokenizer("a stop string", "stop", "give stop_token_ids")
         cut = _truncation(prompt, sampling)
         token_ids = tuple(self._encode(prompt, cut))
         check_prompt_length(len(token_ids), self.max_model_len)
@@ -177,11 +188,7 @@ class RequestRules:
         """
         if params.structure is None:
             return None
-        if self.grammars is None:
-            self.need_tokenizer("structured output", "structured_outputs")
-            raise UnsupportedFeatureError("structured output", "after set_tokenizer", "the grammars were made for the first tokenizer; "
-                                          "make a new LLM with tokenizer=...")
-        grammar = self.grammars.admit(params.structure)
+        grammar = self.need_grammars().admit(params.structure)
         if grammar is not None and self.end_tokens.eos_token_id is None and not params.stop_token_ids:
             raise RequestValidationError("structured output ends with an end token, but neither the tokenizer nor "
                                          "generation_config.json has one: name one in stop_token_ids", "structured_outputs")
@@ -228,7 +235,7 @@ class RequestRules:
             kept = self.max_model_len if most_tokens == -1 else most_tokens
             return self._encode(prompt, None if kept is None else Truncation(kept))
         most = min(self.max_model_len, self.max_model_len if most_tokens == -1 else most_tokens)
-        tokenizer, text = self.need_tokenizer("text prompts"), self._bounded(prompt.text or "", None, CUT_TEXT_FACTOR)
+        tokenizer, text = self.need_tokenizer("a text prompt"), self._bounded(prompt.text or "", None, CUT_TEXT_FACTOR)
         token_ids = self.guarded(lambda: tokenizer.encode_within(text, most))
         return self._encode(replace(prompt, token_ids=tuple(token_ids)), None) if token_ids else self._encode(prompt, None)
 
@@ -238,7 +245,7 @@ class RequestRules:
         Raises:
             RequestValidationError: no tokenizer, or one that cannot cut so far.
         """
-        tokenizer = self.need_tokenizer("pairs of texts")
+        tokenizer = self.need_tokenizer("a pair of texts", instead="give both as prompt_token_ids")
         first, second = (self._bounded(t, None, 1 if most_tokens is None else CUT_TEXT_FACTOR) for t in (text, pair))
         most = None if most_tokens is None else min(self.max_model_len, self.max_model_len if most_tokens == -1 else most_tokens)
         found = self.guarded(lambda: tokenizer.encode_pair(first, second, most))
@@ -260,7 +267,7 @@ class RequestRules:
     def _encode(self, prompt: ParsedPrompt, cut: Truncation | None) -> Sequence[int]:
         token_ids: Sequence[int] | None = prompt.token_ids
         if token_ids is None:
-            tokenizer, text = self.need_tokenizer("text prompts"), self._bounded(prompt.text or "", cut)
+            tokenizer, text = self.need_tokenizer("a text prompt"), self._bounded(prompt.text or "", cut)
             try:
                 token_ids = tokenizer.encode(text)
             except Exception as error:

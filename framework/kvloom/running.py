@@ -35,6 +35,7 @@ from kvloom.runtime.host_memory import held_bytes
 from kvloom.sleep import Sleeper, SleepState
 from kvloom.start_report import StartReport
 from kvloom.text.chat import ChatFormatter
+from kvloom.text.grammar_gate import open_gate
 from kvloom.text.sequence_text import SequenceText
 from kvloom.text.templates import TemplateRenderer
 from kvloom.text.tokenizer import adopt_tokenizer
@@ -86,8 +87,8 @@ class RunningEngine:
         """Renders conversations. Raises `RequestValidationError` without a tokenizer."""
         if self._chat is None:
             m = self.config.model
-            self._chat = ChatFormatter(self.rules.need_tokenizer("chat"), TemplateRenderer(), m.chat_template,
-                                       m.allowed_local_media_path)
+            tokenizer = self.rules.need_tokenizer("chat", "messages", "use generate with prompt_token_ids")
+            self._chat = ChatFormatter(tokenizer, TemplateRenderer(), m.chat_template, m.allowed_local_media_path)
         return self._chat
 
     def decoder(self, name: str) -> NamedDecoder:
@@ -346,8 +347,12 @@ class RunningEngine:
     def set_tokenizer(self, tokenizer: Any) -> None:
         """See `LLM.set_tokenizer`."""
         with self._idle("set_tokenizer()"):
-            adopted = adopt_tokenizer(self.config, self.plugins.registries["tokenizers"], tokenizer)
-            self.rules = self.rules.with_tokenizer(adopted)
+            adopted, before = adopt_tokenizer(self.config, self.plugins.registries["tokenizers"], tokenizer), self.rules
+            grammars = open_gate(self.config, self.plugins, adopted, before.vocab_size, before.end_tokens.configured)
+            self.rules = before.with_tokenizer(adopted, grammars)
+            self.executor.call("set_vocabulary", args=(grammars.make_vocabulary,))
+            if before.grammars is not None:
+                before.grammars.close()
             if self._chat is not None:
                 self._chat.close()
             self._chat = None

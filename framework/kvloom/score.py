@@ -42,7 +42,7 @@ def _text(engine: RunningEngine, prompt: Any) -> str:
     if parsed.text is not None or parsed.token_ids is None:
         return parsed.text or ""
     check_token_ids(parsed.token_ids, engine.rules.vocab_size)
-    tokenizer, token_ids = engine.rules.need_tokenizer("scores of token prompts"), parsed.token_ids
+    tokenizer, token_ids = engine.rules.need_tokenizer("a score"), parsed.token_ids
     return engine.rules.guarded(lambda: tokenizer.decode(token_ids))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from kvloom.config import EngineConfig
@@ -12,7 +11,7 @@ from kvloom.config.pooling import PoolingPlan
 from kvloom.core import Engine, Scheduler
 from kvloom.errors import ConfigError, ManifestMismatchError, NotRegisteredError, RequestValidationError
 from kvloom.hooks.loader import PluginSet, load_plugins
-from kvloom.interfaces import Executor, GrammarVocabulary, SchedulingPolicy, Tokenizer, Worker
+from kvloom.interfaces import Executor, SchedulingPolicy, Worker
 from kvloom.logs import get_logger
 from kvloom.pooling_rules import PoolingRules
 from kvloom.request_rules import EndTokens, RequestRules
@@ -20,13 +19,11 @@ from kvloom.running import RunningEngine
 from kvloom.runtime.host_memory import host_memory
 from kvloom.start_report import PhaseTimer, StartReport
 from kvloom.stats_log import StatsLog
-from kvloom.structured_outputs import BackendChoice
-from kvloom.text.grammar_gate import GrammarGate, find_grammar
+from kvloom.text.grammar_gate import find_grammar, open_gate
 from kvloom.text.tokenizer import import_tokenizer, open_tokenizer
-from kvloom.text.vocabulary import grammar_vocabulary
 
 if TYPE_CHECKING:
-    from kvloom.runtime.builder import ModelSource
+    pass
 
 
 def load_config_plugins(config: EngineConfig) -> PluginSet:
@@ -55,14 +52,17 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
         source = builder.open_source(config, plugins)
     with timer.phase("tokenizer"):
         tokenizer = None if tokenizer_class is None else open_tokenizer(config, source.directory, tokenizer_class)
-        grammars, make_vocabulary = _grammars(config, plugins, source, tokenizer)
+        find_grammar(config.features.guided_decoding_backend, plugins)
+        grammars = None
+        if tokenizer is not None:
+            grammars = open_gate(config, plugins, tokenizer, source.config.vocab_size, source.end_token_ids)
     policy = _policy(config, plugins)()
     make = worker_class.worker_class(config.device)
     executor: Executor = _component(plugins, "executors", "distributed_executor_backend",
                                     config.device.distributed_executor_backend)()
 
     def make_worker(rank: int) -> Worker:
-        return make(rank, config, plugins, source, make_vocabulary)
+        return make(rank, config, plugins, source, None if grammars is None else grammars.make_vocabulary)
 
     try:
         with timer.phase("worker") as parts:
@@ -103,21 +103,6 @@ def _log_notes(config: EngineConfig) -> None:
         warning = config.cache.swap_space_note(host_memory().total_bytes)
         if warning is not None:
             get_logger().warning("configuration", note=warning)
-
-
-def _grammars(config: EngineConfig, plugins: PluginSet, source: ModelSource,
-              tokenizer: Tokenizer | None) -> tuple[GrammarGate | None, Callable[[], GrammarVocabulary] | None]:
-    """What tries grammars, and what makes the vocabulary once for it and for the workers of this process."""
-    backend = config.features.guided_decoding_backend
-    entry = find_grammar(backend, plugins)
-    if tokenizer is None:
-        return None, None
-
-    @cache
-    def make_vocabulary() -> GrammarVocabulary:
-        return grammar_vocabulary(tokenizer, source.config.vocab_size, source.end_token_ids)
-
-    return GrammarGate(entry, BackendChoice.parse(backend), make_vocabulary), make_vocabulary
 
 
 def _chunkable(worker: Any) -> bool:

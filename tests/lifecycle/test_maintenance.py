@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from lifecycle_helpers import GREEDY, engine, tokens
 
-from kvloom import LLM
+from kvloom import LLM, SamplingParams, StructuredOutputsParams
 from kvloom.errors import (
     ConfigError,
     EngineClosedError,
@@ -161,6 +161,34 @@ def test_set_tokenizer__serves_later_requests_with_its_ids_texts_and_end_token(l
     assert after.prompt_token_ids == [BOS, *b"ba"]
     assert after.outputs[0].text == tokenizer.decode(after.outputs[0].token_ids, skip_special_tokens=True)
     assert llm.llm_engine.rules.end_tokens.eos_token_id == ord("Z")
+
+
+@pytest.mark.parametrize("how", ["awake", "asleep", "had none"])
+def test_set_tokenizer__structured_output_follows_it(small_checkpoint: Path, tmp_path: Path, how: str) -> None:
+    asking = SamplingParams(temperature=0, max_tokens=8, structured_outputs=StructuredOutputsParams(regex="aab"))
+    with engine(small_checkpoint, enable_sleep_mode=True, skip_tokenizer_init=how == "had none") as llm:
+        prompt = {"prompt_token_ids": [BOS, 1]}
+        if how == "had none":
+            with pytest.raises(RequestValidationError, match="skip_tokenizer_init is True: structured output"):
+                llm.generate(prompt, asking, use_tqdm=False)
+        else:
+            assert llm.generate(prompt, asking, use_tqdm=False)[0].outputs[0].token_ids[:3] == [*b"aab"]
+        if how == "asleep":
+            llm.sleep(2)
+        llm.set_tokenizer(other_tokenizer(tmp_path / "t"))
+        if how == "asleep":
+            llm.wake_up()
+        (completion,) = llm.generate(prompt, asking, use_tqdm=False)[0].outputs
+        assert (completion.text, list(completion.token_ids[:3])) == ("aab", [*b"bba"])
+        assert llm.validate_grammar(StructuredOutputsParams(regex="("))
+
+
+def test_set_tokenizer__bad_words_and_stop_strings_follow_it(llm: LLM, tmp_path: Path) -> None:
+    llm.set_tokenizer(other_tokenizer(tmp_path / "t"))
+    only = {"temperature": 0, "max_tokens": 4, "allowed_token_ids": [ord("a"), ord("c")]}
+    assert llm.generate("x", SamplingParams(**only, bad_words=["b"]), use_tqdm=False)[0].outputs[0].text == "cccc"
+    stopped = llm.generate("x", SamplingParams(**only, bad_words=["c"], stop=["bb"]), use_tqdm=False)[0].outputs[0]
+    assert (stopped.text, stopped.stop_reason) == ("", "bb")
 
 
 def test_set_tokenizer__takes_our_own_kind_and_renders_chats_with_its_template(llm: LLM, tmp_path: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from kvloom.errors import ConfigError
+from kvloom.interfaces.grammar import GrammarVocabulary
 from kvloom.interfaces.state import KVGroup
 from kvloom.interfaces.step import Step, StepResult
 
@@ -89,6 +90,13 @@ class Worker(Protocol):
 
     def forget_recorded(self) -> None:
         """A function of somebody else ran on this worker: steps that were recorded before may not be what the model computes now."""
+
+    def set_vocabulary(self, make_vocabulary: Callable[[], GrammarVocabulary]) -> None:
+        """Later grammars are over other tokens: there is another tokenizer. No sequence is under way.
+
+        Args:
+            make_vocabulary: called with the first of them.
+        """
 
     def sleep(self, level: int) -> None:
         """Give memory back. What is given back already stays so.

@@ -133,6 +133,7 @@ class DeviceWorker:
         self.rank = rank
         self._make_vocabulary = make_vocabulary or self._open_vocabulary
         self._config, self._plugins, self._source = config, plugins, source
+        self._grammars = self._make_grammars()
         self._device = torch.device("cpu")
         self._comm = LocalComm()
         self._plan: MemoryPlan | None = None
@@ -211,9 +212,9 @@ class DeviceWorker:
         sampler = self._plugins.registries["samplers"].resolve(DEFAULT_SAMPLER).load()()
         pipeline = LogitsPipeline(make_processors(self._plugins.registries["logits_processors"],
                                                   self._config.features.logits_processors or ()))
-        grammars, vocab_size = self._grammars(), self._source.config.vocab_size
+        self._grammars = self._make_grammars()
         pooler = self._make_pooler(built.model)
-        state = BatchState(limits.max_num_seqs, limits.max_model_len, groups, lambda new: _start(pipeline, grammars, new, vocab_size),
+        state = BatchState(limits.max_num_seqs, limits.max_model_len, groups, lambda new: self._start(pipeline, new),
                            tuple(built.model.extra_inputs), lambda copies: copy_blocks(groups, caches, copies),
                            lambda new: _start_pooling(pooler, new))
         tier = self._host_tier()
@@ -245,6 +246,11 @@ class DeviceWorker:
         """See `Worker.forget_recorded`."""
         if self._runner is not None:
             self._runner.forget_recorded()
+
+    def set_vocabulary(self, make_vocabulary: Callable[[], GrammarVocabulary]) -> None:
+        """See `Worker.set_vocabulary`."""
+        self._make_vocabulary = make_vocabulary
+        self._grammars = self._make_grammars()
 
     def sleep(self, level: int) -> None:
         """See `Worker.sleep`."""
@@ -292,7 +298,19 @@ class DeviceWorker:
             self._runner.close()
         self._runner = None
 
-    def _grammars(self) -> GrammarFactory:
+    def _start(self, pipeline: LogitsPipeline, new: NewSequence) -> SequenceProcessors:
+        """States of a sequence that comes. What a plugin raises is kept for its first row: the step goes on."""
+        if new.sampling is None or not (new.processors or new.grammar):
+            return NO_PROCESSORS
+        prompt = new.token_ids[:new.prompt_tokens]
+        view = SequenceView(new.sequence_id, new.sample_index, prompt, new.sampling, self._source.config.vocab_size, new.end_token_ids)
+        try:
+            grammar = self._grammars.start(new)
+            return replace(pipeline.start(view, new.processors, new.token_ids[new.prompt_tokens:]), grammar=grammar)
+        except RequestError as error:
+            return SequenceProcessors({}, error)
+
+    def _make_grammars(self) -> GrammarFactory:
         entry = find_grammar(self._config.features.guided_decoding_backend, self._plugins)
 
         def make(vocabulary: GrammarVocabulary) -> Grammar:
@@ -308,19 +326,6 @@ class DeviceWorker:
         if self._built is None:
             raise EngineStateError("the weights are not loaded: the engine sleeps; call wake_up()")
         return self._built
-
-
-def _start(pipeline: LogitsPipeline, grammars: GrammarFactory, new: NewSequence, vocab_size: int) -> SequenceProcessors:
-    """States of a sequence that comes. What a plugin raises is kept for its first row: the step goes on."""
-    if new.sampling is None or not (new.processors or new.grammar):
-        return NO_PROCESSORS
-    prompt = new.token_ids[:new.prompt_tokens]
-    view = SequenceView(new.sequence_id, new.sample_index, prompt, new.sampling, vocab_size, new.end_token_ids)
-    try:
-        grammar = grammars.start(new)
-        return replace(pipeline.start(view, new.processors, new.token_ids[new.prompt_tokens:]), grammar=grammar)
-    except RequestError as error:
-        return SequenceProcessors({}, error)
 
 
 def _start_pooling(pooler: RowPooler | None, new: NewSequence) -> PoolingState | None:

@@ -6,15 +6,19 @@ from __future__ import annotations
 import json
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
+from kvloom.config import EngineConfig
 from kvloom.errors import ConfigError, NotRegisteredError, RequestValidationError, UnsupportedFeatureError
 from kvloom.hooks.loader import PluginSet
 from kvloom.hooks.registry import Entry
 from kvloom.interfaces.grammar import Grammar, GrammarProblem, GrammarSpec, GrammarVocabulary
+from kvloom.interfaces.tokenizer import Tokenizer
 from kvloom.structured_outputs import AUTO, BackendChoice, StructuredOutputsParams
 from kvloom.text.limited_process import LimitedProcess, LimitError
+from kvloom.text.vocabulary import grammar_vocabulary
 from kvloom_kernels.requirement import Machine
 
 PROGRAM = Path(__file__).with_name("grammar_process.py")
@@ -44,20 +48,35 @@ def find_grammar(asked: str, plugins: PluginSet) -> Entry[Grammar]:
         raise ConfigError(f"guided_decoding_backend={name!r}: {error}") from error
 
 
+def open_gate(config: EngineConfig, plugins: PluginSet, tokenizer: Tokenizer, vocab_size: int,
+              end_token_ids: Sequence[int]) -> GrammarGate:
+    """The gate of an engine with this tokenizer.
+
+    Args:
+        vocab_size, end_token_ids: see `grammar_vocabulary`.
+
+    Raises:
+        ConfigError: see `find_grammar`.
+    """
+    backend = config.features.guided_decoding_backend
+    return GrammarGate(find_grammar(backend, plugins), BackendChoice.parse(backend),
+                       cache(lambda: grammar_vocabulary(tokenizer, vocab_size, end_token_ids)))
+
+
 class GrammarGate:
     """Of one engine. The process starts with the first grammar, and again after one had to be killed.
 
     Args:
         entry: the grammar backend.
         engine: the engine's ``guided_decoding_backend``, taken apart; its name is the entry's.
-        make_vocabulary: called once, with the first grammar.
+        make_vocabulary: called with the first grammar; the workers' too.
         time_limit_s, memory_limit_bytes, remembered_bytes: see the constants.
     """
 
     def __init__(self, entry: Entry[Grammar], engine: BackendChoice, make_vocabulary: Callable[[], GrammarVocabulary], *,
                  time_limit_s: float = TIME_LIMIT_S, memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
                  remembered_bytes: int = REMEMBERED_BYTES) -> None:
-        self._entry, self._engine, self._make_vocabulary = entry, engine, make_vocabulary
+        self._entry, self._engine, self.make_vocabulary = entry, engine, make_vocabulary
         self._time_limit_s, self._remembered_bytes = time_limit_s, remembered_bytes
         self._process = LimitedProcess(PROGRAM, memory_limit_bytes, START_LIMIT_S)
         self._passed: OrderedDict[GrammarSpec, int] = OrderedDict()
@@ -124,7 +143,7 @@ class GrammarGate:
         answer = self._process.start({
             "target": self._entry.target, "path": sys.path, "settings_model": model,
             "settings": None if settings is None else settings.model_dump(mode="json"),
-            "tokens": [token.hex() for token in self._make_vocabulary().tokens]})
+            "tokens": [token.hex() for token in self.make_vocabulary().tokens]})
         if "error" in answer:
             self._process.close()
             raise UnsupportedFeatureError("structured output", self._entry.name, f"its library cannot start: {answer['error']}")
