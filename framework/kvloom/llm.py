@@ -32,6 +32,7 @@ from kvloom.startup import start_engine
 from kvloom.structured_outputs import StructuredOutputsParams, from_legacy
 from kvloom.text.chat import ChatOptions, ContentFormat, RenderedChat, split_conversations
 from kvloom.text.tokenization import cut_prompt, read_truncation
+from kvloom.wrong_task import check_method
 
 P = ParamSpec("P")
 
@@ -157,7 +158,7 @@ class LLM(PoolingCalls, Maintenance, OtherVersions):
             RequestValidationError, RequestTypeError: a bad prompt or parameter; nothing was computed.
             RequestFailedError: a request failed while it ran.
         """
-        self.llm_engine.rules.check_generates()
+        check_method("generate", self.llm_engine.rules.task)
         refuse_later(lora_request=lora_request, prompt_adapter_request=prompt_adapter_request)
         items = _cut(prompts_of(prompts, prompt_token_ids, warn=self.DEPRECATE_LEGACY), tokenization_kwargs)
         check_on_error(on_error)
@@ -191,7 +192,7 @@ class LLM(PoolingCalls, Maintenance, OtherVersions):
             RequestValidationError, RequestTypeError: as in `generate`; bad prompts raise when they are read.
         """
         check_on_error(on_error)
-        self.llm_engine.rules.check_generates()
+        check_method("generate_iter", self.llm_engine.rules.task)
         (checked_priority,) = priorities_each(1, priority)
         engine = self.llm_engine
         bound = 2 * engine.config.scheduler.max_num_seqs if max_in_flight is None else check_int("max_in_flight", max_in_flight, 1)
@@ -223,6 +224,7 @@ class LLM(PoolingCalls, Maintenance, OtherVersions):
             RequestValidationError, RequestTypeError: a bad prompt or parameter; nothing was computed.
             RequestFailedError: a request failed while it ran.
         """
+        check_method("beam_search", self.llm_engine.rules.task)
         refuse_later(lora_request=lora_request)
         items = split_prompts(prompts)
         check_on_error(on_error)
@@ -267,7 +269,7 @@ class LLM(PoolingCalls, Maintenance, OtherVersions):
             RequestValidationError, RequestTypeError: no template, one that refuses the messages or takes too long, or bad messages.
             RequestFailedError: a request failed while it ran.
         """
-        self.llm_engine.rules.check_generates()
+        check_method("chat", self.llm_engine.rules.task)
         refuse_later(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
         check_on_error(on_error)
         engine = self.llm_engine

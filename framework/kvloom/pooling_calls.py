@@ -91,7 +91,7 @@ class PoolingCalls:
         on_error: OnError = "raise",
     ) -> list[EmbeddingRequestOutput]:
         """Embed prompts: one list of numbers each, of length 1 where the model normalizes."""
-        self._need_task("embed", "Embedding API is only enabled for `--task embed`")
+        self.llm_engine.rules.need_pooling("embed")
         refuse_later(lora_request=lora_request, prompt_adapter_request=prompt_adapter_request)
         outputs = self._pool(split_prompts(prompts), pooling_params, "embed", truncate_prompt_tokens, use_tqdm, priority, on_error)
         return [converted(o, EmbeddingRequestOutput) for o in outputs]
@@ -110,7 +110,7 @@ class PoolingCalls:
         on_error: OnError = "raise",
     ) -> list[ClassificationRequestOutput]:
         """Classify prompts: a probability for each of the model's labels."""
-        self._need_task("classify", "Classification API is only enabled for `--task classify`")
+        self.llm_engine.rules.need_pooling("classify")
         refuse_later(lora_request=lora_request, prompt_adapter_request=prompt_adapter_request)
         outputs = self._pool(split_prompts(prompts), pooling_params, "classify", truncate_prompt_tokens, use_tqdm, priority, on_error)
         return [converted(o, ClassificationRequestOutput) for o in outputs]
@@ -128,7 +128,7 @@ class PoolingCalls:
         on_error: OnError = "raise",
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
         """Reward prompts: ``[tokens, labels]``, or ``[steps, labels]`` of a process reward model."""
-        self._need_task("reward", "Reward API is only enabled for `--task reward`")
+        self.llm_engine.rules.need_pooling("reward")
         refuse_later(lora_request=lora_request)
         return self._pool(split_prompts(prompts), pooling_params, "reward", truncate_prompt_tokens, use_tqdm, priority, on_error)
 
@@ -158,9 +158,6 @@ class PoolingCalls:
         rules = engine.rules.need_pooling("score")
         refuse_later(lora_request=lora_request, prompt_adapter_request=prompt_adapter_request)
         check_on_error(on_error)
-        if rules.task not in ("embed", "score", "classify"):
-            raise RequestValidationError("Score API is only enabled for `--task embed or score`: this engine runs with "
-                                         f"task={rules.task!r}", "task", rules.task)
         pairs = paired(engine, text_1, text_2)
         if pooling_params is not None and not isinstance(pooling_params, PoolingParams):
             raise RequestTypeError(f"pooling_params must be one PoolingParams for all pairs, got {type(pooling_params).__name__}",
@@ -169,12 +166,6 @@ class PoolingCalls:
         if rules.task == "embed":
             return score_embeddings(engine, pairs, params, use_tqdm, on_error)
         return [converted(o, ScoringRequestOutput) for o in score_pairs(engine, pairs, params, use_tqdm, on_error)]
-
-    def _need_task(self, method: str, message: str) -> None:
-        """Raises `RequestValidationError` in an engine of another task."""
-        rules = self.llm_engine.rules.need_pooling(method)
-        if rules.task != method and not (method == "classify" and rules.task == "score"):
-            raise RequestValidationError(f"{message}: this engine runs with task={rules.task!r}", "task", rules.task)
 
     def _pool(self, items: Sequence[Any], params: PoolingChoice, task: str | None, truncate: int | None, use_tqdm: Bar,
               priority: int | Sequence[int] | None, on_error: OnError) -> list[PoolingRequestOutput[PoolingOutput]]:

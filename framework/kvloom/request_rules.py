@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, TypeVar
 
+from kvloom.config.pooling import GENERATE
 from kvloom.core import RequestSpec, check_prompt_length, root_digest
 from kvloom.decoding import Decoding, begin
 from kvloom.errors import InternalError, RequestFailedError, RequestValidationError, UnsupportedFeatureError
@@ -15,6 +16,7 @@ from kvloom.interfaces import GrammarSpec, SequenceView, Tokenizer
 from kvloom.params import PoolingParams, SamplingParams
 from kvloom.pooling_rules import PoolingRules
 from kvloom.prompts import ParsedPrompt, Truncation, check_extras, check_token_ids
+from kvloom.wrong_task import check_method
 
 if TYPE_CHECKING:
     from kvloom.runtime.logits import LogitsPipeline
@@ -83,20 +85,16 @@ class RequestRules:
     grammars: GrammarGate | None = None
     pooling: PoolingRules | None = None
 
-    def check_generates(self) -> None:
-        """Raises `RequestValidationError` in an engine that pools."""
-        if self.pooling is not None:
-            raise RequestValidationError(
-                "LLM.generate() is only supported for (conditional) generation models: this engine runs with "
-                f"task={self.pooling.task!r}. Make an LLM with task='generate', or call embed, classify, score or encode", "task",
-                self.pooling.task)
+    @property
+    def task(self) -> str:
+        """What the engine is for."""
+        return GENERATE if self.pooling is None else self.pooling.task
 
-    def need_pooling(self, method: str) -> PoolingRules:
-        """Raises `RequestValidationError` in an engine that generates."""
+    def need_pooling(self, method: str = "encode") -> PoolingRules:
+        """Raises `RequestValidationError` in an engine that does not have this method of `LLM`."""
+        check_method(method, self.task)
         if self.pooling is None:
-            raise RequestValidationError(f"LLM.{method}() is only supported for pooling models: this engine runs with task='generate'. "
-                                         "Make an LLM with task='embed' (or classify, score, reward), or call generate", "task",
-                                         "generate")
+            raise InternalError(f"{method} is said to be served with task={self.task!r}")
         return self.pooling
 
     def need_tokenizer(self, what: str, parameter: str = "prompt", instead: str = "give prompt_token_ids") -> Tokenizer:
@@ -139,7 +137,7 @@ class RequestRules:
         """
         if isinstance(params, PoolingParams):
             return [self._pooled(prompt, params, number, priority)]
-        self.check_generates()
+        check_method("generate", self.task)
         if isinstance(params, Decoding):
             return [self.branching(prompt, params, number, priority)]
         sampling = params.with_vocabulary(self.vocab_size, self.max_logprobs)
@@ -195,7 +193,7 @@ class RequestRules:
         return grammar
 
     def _pooled(self, prompt: ParsedPrompt, params: PoolingParams, number: int, priority: int) -> RequestSpec:
-        rules = self.need_pooling("encode")
+        rules = self.need_pooling()
         pooling = rules.checked(params)
         token_ids = tuple(self._encode_whole(prompt, pooling.truncate_prompt_tokens))
         check_prompt_length(len(token_ids), self.max_model_len, output_tokens=False)

@@ -106,7 +106,7 @@ def test_classify__gives_a_probability_for_each_label(tmp_path: Path) -> None:
 
 
 def test_reward__is_refused_in_engines_of_other_tasks(llm: LLM) -> None:
-    with pytest.raises(ValueError, match="Reward API is only enabled.*task='embed'"):
+    with pytest.raises(ValueError, match=r"LLM.reward\(\) is only supported for reward models.*task='embed'"):
         llm.reward(PROMPTS)
 
 
@@ -283,14 +283,14 @@ def test_task__says_what_an_engine_is_for(directory: Path, model: torch.nn.Modul
     with engine(directory) as made:
         assert len(made.generate([PROMPTS[0]], SamplingParams(max_tokens=2), **QUIET)) == 1
         for call in (made.encode, made.embed, made.classify, made.reward, lambda p: made.score("a", "b")):
-            with pytest.raises(RequestValidationError, match="only supported for pooling models.*Make an LLM with task='embed'"):
+            with pytest.raises(RequestValidationError, match="is only supported for .*this engine runs with task='generate'.*Make an LLM with task="):
                 call([PROMPTS[0]])
     for task in ("embed", "pooling"):
         with engine(directory, task=task) as made:
             for call in (made.generate, made.generate_iter, made.chat):
                 with pytest.raises(RequestValidationError, match="only supported for .conditional. generation models.*task='generate'"):
                     call([PROMPTS[0]])
-            with pytest.raises(RequestValidationError, match="Classification API is only enabled"):
+            with pytest.raises(RequestValidationError, match="is only supported for models that classify"):
                 made.classify([PROMPTS[0]])
     with pytest.warns(DeprecationWarning, match="use task='embed'"):
         assert EngineConfig.from_kwargs(model="m", task="embedding").model.task == "embed"
