@@ -31,7 +31,7 @@ from kvloom.start_report import PhaseTimer
 from kvloom.startup import start_engine
 from kvloom.structured_outputs import StructuredOutputsParams, from_legacy
 from kvloom.text.chat import ChatOptions, ContentFormat, RenderedChat, split_conversations
-from kvloom.text.tokenization import cut_prompt, read_truncation
+from kvloom.text.tokenization import cut_prompts
 from kvloom.wrong_task import check_method
 
 P = ParamSpec("P")
@@ -160,7 +160,7 @@ class LLM(PoolingCalls, Maintenance, OtherVersions):
         """
         check_method("generate", self.llm_engine.rules.task)
         refuse_later(lora_request=lora_request, prompt_adapter_request=prompt_adapter_request)
-        items = _cut(prompts_of(prompts, prompt_token_ids, warn=self.DEPRECATE_LEGACY), tokenization_kwargs)
+        items = cut_prompts(prompts_of(prompts, prompt_token_ids, warn=self.DEPRECATE_LEGACY), tokenization_kwargs)
         check_on_error(on_error)
         engine = self.llm_engine
         params = one_each(len(items), sampling_params, engine.defaults)
@@ -279,7 +279,7 @@ class LLM(PoolingCalls, Maintenance, OtherVersions):
         if dry_run:
             return [engine.chat.render(c, options) for c in conversations]
         params = one_each(len(conversations), sampling_params, engine.defaults)
-        items = _cut([LazyPrompt(functools.partial(engine.chat.prompt, c, options)) for c in conversations], tokenization_kwargs)
+        items = cut_prompts([LazyPrompt(functools.partial(engine.chat.prompt, c, options)) for c in conversations], tokenization_kwargs)
         return run(engine, items, params, priorities_each(len(items), priority), use_tqdm, on_error)
 
     @classmethod
@@ -337,8 +337,3 @@ def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(LLM.__init__).parameters
     return {name: value for name, value in arguments.items()
             if name in parameters and name not in ("self", "kwargs") and value is not parameters[name].default}
-
-
-def _cut(items: list[Any], tokenization_kwargs: Mapping[str, Any] | None) -> list[Any]:
-    truncation = read_truncation(tokenization_kwargs)
-    return items if truncation is None else [cut_prompt(item, truncation) for item in items]

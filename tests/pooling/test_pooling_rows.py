@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pooling_helpers import VOCAB, close, engine, free_blocks, hidden_of, make, prompts_of, unit, vectors
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from pooling_helpers import VOCAB, close, engine, free_blocks, hidden_of, make, prompts_of, unit, vectors, write_tokenizer
 from transformers import AutoTokenizer
 
 from kvloom import LLM, PoolerConfig, PoolingParams, SamplingParams
@@ -17,17 +16,6 @@ from kvloom.errors import ConfigError, RequestTypeError, RequestValidationError,
 
 PROMPTS = prompts_of(8)
 QUIET = {"use_tqdm": False}
-
-
-def write_tokenizer(directory: Path) -> None:
-    """Words w0..w95, two special tokens around a text and one between two, and padding."""
-    words = {**{f"w{i}": i for i in range(4, VOCAB)}, "<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>", "<unk>"])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)])
-    tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>"}')
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +40,7 @@ def llm(directory: Path, model: torch.nn.Module):
 def cross(tmp_path_factory: pytest.TempPathFactory):
     """A cross-encoder: directory, transformers' model, engine."""
     where = tmp_path_factory.mktemp("cross")
-    theirs = make(where, "Qwen2", "ForSequenceClassification", num_labels=1)
+    theirs = make(where, kind="ForSequenceClassification", num_labels=1)
     write_tokenizer(where)
     with engine(where, task="score", skip_tokenizer_init=False) as made:
         yield where, theirs, made
@@ -117,6 +105,7 @@ def test_score__of_a_cross_encoder_reads_both_texts_as_one_prompt(cross, truncat
     query, texts = "w10 w11 w12 w13", ["w20", "w30 w31 w32 w33 w34 w35", "w40 w41"]
     cut = {} if truncate is None else {"truncation": "longest_first", "max_length": 256 if truncate == -1 else truncate}
     ids = [tokenizer(query, t, **cut)["input_ids"] for t in texts]
+    assert [len(i) for i in ids] == ([7, 7, 7] if truncate == 7 else [8, 13, 9])  # the tokenizer of this checkpoint knows the words
     with torch.no_grad():
         wanted = [theirs(torch.tensor([i])).logits.sigmoid().item() for i in ids]
     outputs = made.score(query, texts, truncate_prompt_tokens=truncate, **QUIET)

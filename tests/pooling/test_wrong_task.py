@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pooling_helpers import edit, engine, make
-from test_pooling_rows import write_tokenizer
+from pooling_helpers import as_reward_model, engine, make, write_tokenizer
 
 from kvloom import LLM, BeamSearchParams, SamplingParams
 from kvloom.errors import ConfigError, RequestValidationError
@@ -46,25 +45,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {name: tmp_path_factory.mktemp(name) for name in ("decoder", "labels", "cross", "reward")}
     make(found["decoder"])
     make(found["labels"], kind="ForSequenceClassification", num_labels=3)
-    make(found["cross"], "Qwen2", "ForSequenceClassification", num_labels=1)
+    make(found["cross"], kind="ForSequenceClassification", num_labels=1)
     make(found["reward"], "Qwen2", "ForTokenClassification", num_labels=1)
     for directory in found.values():
         write_tokenizer(directory)
     as_reward_model(found["reward"])
     return found
-
-
-def as_reward_model(directory: Path) -> None:
-    """transformers has no such architecture: two layers in the place of one."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    path = directory / "model.safetensors"
-    tensors = {k: v for k, v in load_file(path).items() if not k.startswith("score")}
-    width = tensors["model.norm.weight"].shape[0]
-    shapes = {"score.0.weight": (width, width), "score.0.bias": (width,), "score.2.weight": (1, width), "score.2.bias": (1,)}
-    save_file(tensors | {n: torch.full(s, 0.01) for n, s in shapes.items()}, path, metadata={"format": "pt"})
-    edit(directory, architectures=["Qwen2ForRewardModel"])
 
 
 @pytest.mark.parametrize(("name", "arguments", "task", "has"), ENGINES, ids=lambda value: str(value) if isinstance(value, str | dict) else "")
