@@ -29,6 +29,7 @@ from kvloom.errors import RequestError, UnsupportedFeatureError
 from kvloom.llm import LLM
 from kvloom.outputs import CompletionOutput, Logprob, RequestOutput
 from kvloom.params import BeamSearchParams, PoolingParams, SamplingParams
+from kvloom.pooling_calls import PoolingCalls
 from kvloom.structured_outputs import StructuredOutputsParams
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,11 +99,11 @@ def methods() -> str:
         rows.append(f"| `{name}` | | {_summary(member)} | {_test(name, f'tests/api/test_{name}_rows')} |")
         if isinstance(member, property):
             continue
-        meanings = _argument_meanings(member)
+        meanings = (_argument_meanings(PoolingCalls) if name in vars(PoolingCalls) else {}) | _argument_meanings(member)
         for argument, parameter in inspect.signature(member).parameters.items():
             if argument != "self":
                 is_required = parameter.default is parameter.empty or type(parameter.default) is object
-                default, test = "" if is_required else f"`{parameter.default!r}`", _test_of_argument(name, argument)
+                default, test = "" if is_required else f"`{parameter.default!r}`", _test_of_argument(name, argument, is_required=is_required)
                 rows.append(f"| `{name}` `{argument}` | {default} | {meanings.get(argument, '')} | {test} |")
     return "\n".join(rows)
 
@@ -136,16 +137,16 @@ def _argument_meanings(member: Any) -> dict[str, str]:
     return found
 
 
-def _test_of_argument(method: str, argument: str) -> str:
-    """A test of the method that has the argument in its name, else one that gives it by keyword, else one of `generate`'s where it
-    is the same there, else the method's first."""
-    own, shared = _tests().get(method, []), _tests().get("generate", [])
-    for tests in (own, shared if argument in inspect.signature(LLM.generate).parameters else []):
+def _test_of_argument(method: str, argument: str, *, is_required: bool) -> str:
+    """A test of the method, or of all pooling methods, that has the argument in its name, else one that gives it by keyword; of an
+    argument that every test must give, the method's first."""
+    shared = _tests().get("pooling_methods", []) if method in vars(PoolingCalls) else []
+    for tests in (_tests().get(method, []), shared):
         by_name = [t for t in tests if f"_{argument}_" in f"{t.partition('::')[2].replace('__', '_')}_"]
         by_keyword = [t for t in tests if re.search(rf'\b{argument}=|"{argument}"', _sources()[t])]
         if found := by_name or by_keyword:
             return f"`{found[0]}`"
-    return _test(method, "tests/api/")
+    return _test(method, "tests/api/") if is_required else NO_TEST
 
 
 def beam_search() -> str:

@@ -13,7 +13,7 @@ from kvloom.live_request import Call
 from kvloom.outputs import CompletionOutput, RequestOutput
 from kvloom.param_checks import check_int
 from kvloom.params import BeamSearchParams
-from kvloom.progress import Progress
+from kvloom.progress import Progress, check_bar
 from kvloom.request_arguments import OnError
 from kvloom.running import RunningEngine
 
@@ -21,6 +21,7 @@ from kvloom.running import RunningEngine
 def search(engine: RunningEngine, items: Sequence[Any], decoding: Decoding, priorities: Sequence[int],
            use_tqdm: bool | Callable[..., Any], concurrency_limit: int | None, on_error: OnError) -> list[BeamSearchOutput]:
     """See `LLM.beam_search`. On any exception nothing of it stays in the engine."""
+    check_bar(use_tqdm)
     limit = len(items) if concurrency_limit is None else check_int("concurrency_limit", concurrency_limit, 1)
     return_errors = on_error == "return"
     call, outputs = Call(), dict[int, BeamSearchOutput]()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kvloom.live_request import Call, Output, Params
-from kvloom.progress import MakeBar, Progress
+from kvloom.progress import MakeBar, Progress, check_bar
 from kvloom.request_arguments import OnError
 from kvloom.running import RunningEngine
 
@@ -14,6 +14,7 @@ from kvloom.running import RunningEngine
 def run(engine: RunningEngine, items: Sequence[Any], params: Sequence[Params], priorities: Sequence[int], use_tqdm: bool | MakeBar,
         on_error: OnError) -> list[Any]:
     """Submit, and step until the requests are done; on any exception forget them all. Outputs are in the order of `items`."""
+    check_bar(use_tqdm)
     call = Call()
     outputs: dict[int, Output] = {}
     try:

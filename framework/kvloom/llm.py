@@ -31,7 +31,8 @@ from kvloom.start_report import PhaseTimer
 from kvloom.startup import start_engine
 from kvloom.structured_outputs import StructuredOutputsParams, from_legacy
 from kvloom.text.chat import ChatOptions, ContentFormat, RenderedChat, split_conversations
-from kvloom.text.tokenization import cut_prompt, read_truncation
+from kvloom.text.tokenization import cut_prompts
+from kvloom.wrong_task import check_method
 
 P = ParamSpec("P")
 
@@ -157,9 +158,9 @@ class LLM(PoolingCalls, Maintenance, OtherVersions):
             RequestValidationError, RequestTypeError: a bad prompt or parameter; nothing was computed.
             RequestFailedError: a request failed while it ran.
         """
-        self.llm_engine.rules.check_generates()
+        check_method("generate", self.llm_engine.rules.task)
         refuse_later(lora_request=lora_request, prompt_adapter_request=prompt_adapter_request)
-        items = _cut(prompts_of(prompts, prompt_token_ids, warn=self.DEPRECATE_LEGACY), tokenization_kwargs)
+        items = cut_prompts(prompts_of(prompts, prompt_token_ids, warn=self.DEPRECATE_LEGACY), tokenization_kwargs)
         check_on_error(on_error)
         engine = self.llm_engine
         params = one_each(len(items), sampling_params, engine.defaults)
@@ -191,7 +192,7 @@ class LLM(PoolingCalls, Maintenance, OtherVersions):
             RequestValidationError, RequestTypeError: as in `generate`; bad prompts raise when they are read.
         """
         check_on_error(on_error)
-        self.llm_engine.rules.check_generates()
+        check_method("generate_iter", self.llm_engine.rules.task)
         (checked_priority,) = priorities_each(1, priority)
         engine = self.llm_engine
         bound = 2 * engine.config.scheduler.max_num_seqs if max_in_flight is None else check_int("max_in_flight", max_in_flight, 1)
@@ -223,6 +224,7 @@ class LLM(PoolingCalls, Maintenance, OtherVersions):
             RequestValidationError, RequestTypeError: a bad prompt or parameter; nothing was computed.
             RequestFailedError: a request failed while it ran.
         """
+        check_method("beam_search", self.llm_engine.rules.task)
         refuse_later(lora_request=lora_request)
         items = split_prompts(prompts)
         check_on_error(on_error)
@@ -267,7 +269,7 @@ class LLM(PoolingCalls, Maintenance, OtherVersions):
             RequestValidationError, RequestTypeError: no template, one that refuses the messages or takes too long, or bad messages.
             RequestFailedError: a request failed while it ran.
         """
-        self.llm_engine.rules.check_generates()
+        check_method("chat", self.llm_engine.rules.task)
         refuse_later(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
         check_on_error(on_error)
         engine = self.llm_engine
@@ -277,7 +279,7 @@ class LLM(PoolingCalls, Maintenance, OtherVersions):
         if dry_run:
             return [engine.chat.render(c, options) for c in conversations]
         params = one_each(len(conversations), sampling_params, engine.defaults)
-        items = _cut([LazyPrompt(functools.partial(engine.chat.prompt, c, options)) for c in conversations], tokenization_kwargs)
+        items = cut_prompts([LazyPrompt(functools.partial(engine.chat.prompt, c, options)) for c in conversations], tokenization_kwargs)
         return run(engine, items, params, priorities_each(len(items), priority), use_tqdm, on_error)
 
     @classmethod
@@ -335,8 +337,3 @@ def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(LLM.__init__).parameters
     return {name: value for name, value in arguments.items()
             if name in parameters and name not in ("self", "kwargs") and value is not parameters[name].default}
-
-
-def _cut(items: list[Any], tokenization_kwargs: Mapping[str, Any] | None) -> list[Any]:
-    truncation = read_truncation(tokenization_kwargs)
-    return items if truncation is None else [cut_prompt(item, truncation) for item in items]

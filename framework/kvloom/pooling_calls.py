@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
@@ -18,24 +18,30 @@ from kvloom.pooling_outputs import (
     PoolingRequestOutput,
     ScoringRequestOutput,
 )
-from kvloom.prompts import legacy_prompts, split_prompts
+from kvloom.prompts import Truncation, legacy_prompts, split_prompts
 from kvloom.request_arguments import OnError, check_on_error, one_each, priorities_each, refuse_later
 from kvloom.running import RunningEngine
-from kvloom.score import paired, score_embeddings, score_pairs
+from kvloom.score import check_one_label, paired, score_embeddings, score_pairs
+from kvloom.text.tokenization import cut_prompts, read_truncation
 
 NOT_GIVEN: Any = object()
 PoolingChoice = PoolingParams | Sequence[PoolingParams] | None
 Bar = bool | Callable[..., Any]
+Tokenization = Mapping[str, Any] | None
 Wanted = TypeVar("Wanted", EmbeddingRequestOutput, ClassificationRequestOutput, ScoringRequestOutput)
 
 
 class PoolingCalls:
-    """Mixed into `LLM`. All methods share these arguments:
+    """Mixed into `LLM`. The methods share these arguments.
 
-    use_tqdm: show a progress bar, or a function that makes one.
-    pooling_params: one for all or one a prompt; None: the engine's defaults.
-    truncate_prompt_tokens: see `PoolingParams`; for all prompts.
-    priority, on_error: as in `LLM.generate`.
+    Args:
+        prompts: in `LLM.generate`'s forms, at least one.
+        use_tqdm: show a progress bar, or a function that makes one.
+        pooling_params: one for all or one a prompt; None: the engine's defaults.
+        truncate_prompt_tokens: see `PoolingParams`; for all prompts.
+        tokenization_kwargs: as in `LLM.generate`; without ``truncation_side`` a text is cut where the tokenizer cuts.
+        lora_request, prompt_adapter_request: unsupported so far unless None.
+        priority, on_error: as in `LLM.generate`.
 
     Raises:
         RequestValidationError, RequestTypeError: no prompt, a bad one, or a task that this engine does not have; nothing was computed.
@@ -60,13 +66,13 @@ class PoolingCalls:
         *,
         pooling_task: str | None = None,
         truncate_prompt_tokens: int | None = None,
+        tokenization_kwargs: Tokenization = None,
         priority: int | Sequence[int] | None = None,
         on_error: OnError = "raise",
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
         """Pool prompts; results in their order, as tensors: ``[H]``, ``[labels]``, or ``[tokens, ...]`` where each token has a row.
 
         Args:
-            prompts: in `LLM.generate`'s forms.
             prompt_token_ids: of older versions: token ids beside or instead of `prompts`.
             pooling_task: embed, classify, score, reward, token_embed or token_classify, as far as the engine's task allows; None:
                 the engine's.
@@ -74,7 +80,7 @@ class PoolingCalls:
         rules = self.llm_engine.rules.need_pooling("encode")
         refuse_later(lora_request=lora_request, prompt_adapter_request=prompt_adapter_request)
         rules.check_task(pooling_task)
-        items = prompts_of(prompts, prompt_token_ids, warn=self.DEPRECATE_LEGACY)
+        items = cut_prompts(prompts_of(prompts, prompt_token_ids, warn=self.DEPRECATE_LEGACY), tokenization_kwargs)
         return self._pool(items, pooling_params, pooling_task, truncate_prompt_tokens, use_tqdm, priority, on_error)
 
     def embed(
@@ -87,13 +93,15 @@ class PoolingCalls:
         lora_request: Any = None,
         prompt_adapter_request: Any = None,
         truncate_prompt_tokens: int | None = None,
+        tokenization_kwargs: Tokenization = None,
         priority: int | Sequence[int] | None = None,
         on_error: OnError = "raise",
     ) -> list[EmbeddingRequestOutput]:
         """Embed prompts: one list of numbers each, of length 1 where the model normalizes."""
-        self._need_task("embed", "Embedding API is only enabled for `--task embed`")
+        self.llm_engine.rules.need_pooling("embed")
         refuse_later(lora_request=lora_request, prompt_adapter_request=prompt_adapter_request)
-        outputs = self._pool(split_prompts(prompts), pooling_params, "embed", truncate_prompt_tokens, use_tqdm, priority, on_error)
+        items = cut_prompts(split_prompts(prompts), tokenization_kwargs)
+        outputs = self._pool(items, pooling_params, "embed", truncate_prompt_tokens, use_tqdm, priority, on_error)
         return [converted(o, EmbeddingRequestOutput) for o in outputs]
 
     def classify(
@@ -106,13 +114,15 @@ class PoolingCalls:
         lora_request: Any = None,
         prompt_adapter_request: Any = None,
         truncate_prompt_tokens: int | None = None,
+        tokenization_kwargs: Tokenization = None,
         priority: int | Sequence[int] | None = None,
         on_error: OnError = "raise",
     ) -> list[ClassificationRequestOutput]:
         """Classify prompts: a probability for each of the model's labels."""
-        self._need_task("classify", "Classification API is only enabled for `--task classify`")
+        self.llm_engine.rules.need_pooling("classify")
         refuse_later(lora_request=lora_request, prompt_adapter_request=prompt_adapter_request)
-        outputs = self._pool(split_prompts(prompts), pooling_params, "classify", truncate_prompt_tokens, use_tqdm, priority, on_error)
+        items = cut_prompts(split_prompts(prompts), tokenization_kwargs)
+        outputs = self._pool(items, pooling_params, "classify", truncate_prompt_tokens, use_tqdm, priority, on_error)
         return [converted(o, ClassificationRequestOutput) for o in outputs]
 
     def reward(
@@ -124,13 +134,15 @@ class PoolingCalls:
         pooling_params: PoolingChoice = None,
         lora_request: Any = None,
         truncate_prompt_tokens: int | None = None,
+        tokenization_kwargs: Tokenization = None,
         priority: int | Sequence[int] | None = None,
         on_error: OnError = "raise",
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
         """Reward prompts: ``[tokens, labels]``, or ``[steps, labels]`` of a process reward model."""
-        self._need_task("reward", "Reward API is only enabled for `--task reward`")
+        self.llm_engine.rules.need_pooling("reward")
         refuse_later(lora_request=lora_request)
-        return self._pool(split_prompts(prompts), pooling_params, "reward", truncate_prompt_tokens, use_tqdm, priority, on_error)
+        items = cut_prompts(split_prompts(prompts), tokenization_kwargs)
+        return self._pool(items, pooling_params, "reward", truncate_prompt_tokens, use_tqdm, priority, on_error)
 
     def score(
         self,
@@ -143,38 +155,37 @@ class PoolingCalls:
         pooling_params: PoolingParams | None = None,
         lora_request: Any = None,
         prompt_adapter_request: Any = None,
+        tokenization_kwargs: Tokenization = None,
+        priority: int | Sequence[int] | None = None,
         on_error: OnError = "raise",
     ) -> list[ScoringRequestOutput]:
         """Score pairs of texts, 1 to 1, 1 to N or N to N: by a cross-encoder, or by the cosine of two embeddings.
 
         Args:
             text_1, text_2: texts, ``{"prompt": ...}`` or ``{"prompt_token_ids": ...}``, whose text then counts; one or a list.
+            pooling_params: one for all.
+            truncate_prompt_tokens: of both texts together, the longer one cut first; with embeddings of each.
+            priority: one for all or one a pair.
 
         Returns:
             As many as `text_2` has. Of embeddings ``request_id`` is that of both, joined by ``_``, and the token ids are those of both
             with a padding token between them.
         """
         engine = self.llm_engine
-        rules = engine.rules.need_pooling("score")
+        task = engine.rules.need_pooling("score").task
+        check_one_label(engine)
         refuse_later(lora_request=lora_request, prompt_adapter_request=prompt_adapter_request)
         check_on_error(on_error)
-        if rules.task not in ("embed", "score", "classify"):
-            raise RequestValidationError("Score API is only enabled for `--task embed or score`: this engine runs with "
-                                         f"task={rules.task!r}", "task", rules.task)
-        pairs = paired(engine, text_1, text_2)
         if pooling_params is not None and not isinstance(pooling_params, PoolingParams):
             raise RequestTypeError(f"pooling_params must be one PoolingParams for all pairs, got {type(pooling_params).__name__}",
                                    "pooling_params", pooling_params)
-        params = for_task(pooling_params or PoolingParams(), "embed" if rules.task == "embed" else "score", truncate_prompt_tokens)
-        if rules.task == "embed":
-            return score_embeddings(engine, pairs, params, use_tqdm, on_error)
-        return [converted(o, ScoringRequestOutput) for o in score_pairs(engine, pairs, params, use_tqdm, on_error)]
-
-    def _need_task(self, method: str, message: str) -> None:
-        """Raises `RequestValidationError` in an engine of another task."""
-        rules = self.llm_engine.rules.need_pooling(method)
-        if rules.task != method and not (method == "classify" and rules.task == "score"):
-            raise RequestValidationError(f"{message}: this engine runs with task={rules.task!r}", "task", rules.task)
+        params = for_task(pooling_params or PoolingParams(), "embed" if task == "embed" else "score", truncate_prompt_tokens)
+        cut, params = taken_cut(params, read_truncation(tokenization_kwargs))
+        pairs = paired(text_1, text_2, cut)
+        priorities = priorities_each(len(pairs.second), priority)
+        if task == "embed":
+            return score_embeddings(engine, pairs, params, priorities, use_tqdm, on_error)
+        return [converted(o, ScoringRequestOutput) for o in score_pairs(engine, pairs, params, priorities, use_tqdm, on_error)]
 
     def _pool(self, items: Sequence[Any], params: PoolingChoice, task: str | None, truncate: int | None, use_tqdm: Bar,
               priority: int | Sequence[int] | None, on_error: OnError) -> list[PoolingRequestOutput[PoolingOutput]]:
@@ -194,6 +205,17 @@ def for_task(params: PoolingParams, task: str | None, truncate: int | None) -> P
             raise RequestValidationError(f"PoolingParams.{name}={own!r} contradicts the call, which says {value!r}", name, own)
     return replace(params, task=params.task if task is None else task,
                    truncate_prompt_tokens=params.truncate_prompt_tokens if truncate is None else truncate)
+
+
+def taken_cut(params: PoolingParams, cut: Truncation | None) -> tuple[Truncation | None, PoolingParams]:
+    """How the texts of a pair are cut, and the parameters without it. Raises `RequestValidationError` where both say it."""
+    tokens = params.truncate_prompt_tokens
+    if tokens is None:
+        return cut, params
+    if cut is not None:
+        raise RequestValidationError("both tokenization_kwargs and truncate_prompt_tokens say how to cut the texts: give one of them",
+                                     "truncate_prompt_tokens", tokens)
+    return Truncation(tokens), replace(params, truncate_prompt_tokens=None)
 
 
 def converted(output: PoolingRequestOutput[Any], wanted: type[Wanted]) -> Wanted:

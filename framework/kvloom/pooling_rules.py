@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvloom.errors import RequestValidationError
+from kvloom.errors import RequestValidationError, shown
 from kvloom.params import PoolingParams
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ SERVED: Mapping[str, tuple[str, ...]] = {
     "embed": ("embed", "token_embed"), "classify": ("classify", "score", "token_classify"),
     "score": ("score", "classify", "token_classify"), "reward": ("reward", "token_classify"),
 }
-"""Task of an engine -> tasks that its requests may have."""
+"""Task of an engine -> tasks that its requests may have; score needs one label."""
 STEPS = "STEP"
 """Pooling type with a tag."""
 
@@ -34,9 +34,10 @@ class PoolingRules:
 
     def check_task(self, task: str | None) -> None:
         """Raises `RequestValidationError` for a task of another kind of engine."""
-        if task is not None and task not in SERVED[self.task]:
-            raise RequestValidationError(f"this engine runs with task={self.task!r}, whose requests may be for "
-                                         f"{', '.join(SERVED[self.task])}; got {task!r:.100}", "pooling_task", task)
+        served = [t for t in SERVED[self.task] if t != "score" or self.poolers.plan.num_labels == 1]
+        if task is not None and task not in served:
+            raise RequestValidationError(f"this engine runs with task={self.task!r}, whose requests may be for {', '.join(served)}; "
+                                         f"got {shown(task)}", "pooling_task", task)
 
     def checked(self, params: PoolingParams) -> PoolingParams:
         """A checked copy of the caller's.

@@ -17,6 +17,13 @@ MakeBar = Callable[..., Any]
 """Makes a bar; called as tqdm is: ``total, desc, dynamic_ncols, postfix``."""
 
 
+def check_bar(use_tqdm: object) -> None:
+    """Raises `RequestTypeError` unless it is True, False or a function."""
+    if not isinstance(use_tqdm, bool) and not callable(use_tqdm):
+        raise RequestTypeError(f"use_tqdm must be True, False or a function that makes a bar, got {type(use_tqdm).__name__}",
+                               "use_tqdm", use_tqdm)
+
+
 class Progress:
     """Counts requests, with tokens per second behind the bar.
 

@@ -45,12 +45,17 @@ class Truncation:
     """How a prompt is cut.
 
     Args:
-        tokens: that are kept; -1: as many as leave room for one output token.
-        keep_end: the last ones, else the first ones.
+        tokens: that are kept; -1: as many as the model can take, of a prompt that is continued one less.
+        keep_end: the last ones, else the first ones; None: of a prompt that is continued the last ones, of a text that is pooled
+            those that the tokenizer keeps.
     """
 
     tokens: int
-    keep_end: bool = True
+    keep_end: bool | None = None
+
+    def kept(self, num_tokens: int) -> slice:
+        """Which items of what is as long as the prompt belong to the `num_tokens` that were kept."""
+        return slice(num_tokens) if self.keep_end is False else slice(-num_tokens, None)
 
 
 @dataclass(frozen=True, slots=True)

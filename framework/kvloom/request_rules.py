@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, TypeVar
 
+from kvloom.config.pooling import GENERATE
 from kvloom.core import RequestSpec, check_prompt_length, root_digest
 from kvloom.decoding import Decoding, begin
 from kvloom.errors import InternalError, RequestFailedError, RequestValidationError, UnsupportedFeatureError
@@ -15,6 +16,7 @@ from kvloom.interfaces import GrammarSpec, SequenceView, Tokenizer
 from kvloom.params import PoolingParams, SamplingParams
 from kvloom.pooling_rules import PoolingRules
 from kvloom.prompts import ParsedPrompt, Truncation, check_extras, check_token_ids
+from kvloom.wrong_task import check_method
 
 if TYPE_CHECKING:
     from kvloom.runtime.logits import LogitsPipeline
@@ -83,20 +85,16 @@ class RequestRules:
     grammars: GrammarGate | None = None
     pooling: PoolingRules | None = None
 
-    def check_generates(self) -> None:
-        """Raises `RequestValidationError` in an engine that pools."""
-        if self.pooling is not None:
-            raise RequestValidationError(
-                "LLM.generate() is only supported for (conditional) generation models: this engine runs with "
-                f"task={self.pooling.task!r}. Make an LLM with task='generate', or call embed, classify, score or encode", "task",
-                self.pooling.task)
+    @property
+    def task(self) -> str:
+        """What the engine is for."""
+        return GENERATE if self.pooling is None else self.pooling.task
 
-    def need_pooling(self, method: str) -> PoolingRules:
-        """Raises `RequestValidationError` in an engine that generates."""
+    def need_pooling(self, method: str = "encode") -> PoolingRules:
+        """Raises `RequestValidationError` in an engine that does not have this method of `LLM`."""
+        check_method(method, self.task)
         if self.pooling is None:
-            raise RequestValidationError(f"LLM.{method}() is only supported for pooling models: this engine runs with task='generate'. "
-                                         "Make an LLM with task='embed' (or classify, score, reward), or call generate", "task",
-                                         "generate")
+            raise InternalError(f"{method} is said to be served with task={self.task!r}")
         return self.pooling
 
     def need_tokenizer(self, what: str, parameter: str = "prompt", instead: str = "give prompt_token_ids") -> Tokenizer:
@@ -139,7 +137,7 @@ class RequestRules:
         """
         if isinstance(params, PoolingParams):
             return [self._pooled(prompt, params, number, priority)]
-        self.check_generates()
+        check_method("generate", self.task)
         if isinstance(params, Decoding):
             return [self.branching(prompt, params, number, priority)]
         sampling = params.with_vocabulary(self.vocab_size, self.max_logprobs)
@@ -195,17 +193,18 @@ class RequestRules:
         return grammar
 
     def _pooled(self, prompt: ParsedPrompt, params: PoolingParams, number: int, priority: int) -> RequestSpec:
-        rules = self.need_pooling("encode")
+        rules = self.need_pooling()
         pooling = rules.checked(params)
-        token_ids = tuple(self._encode_whole(prompt, pooling.truncate_prompt_tokens))
+        cut = _truncation(prompt, pooling)
+        token_ids = tuple(self._encode_whole(prompt, cut))
         check_prompt_length(len(token_ids), self.max_model_len, output_tokens=False)
         rules.check_start(pooling, token_ids)
         return RequestSpec(token_ids, None, priority, cache_root=self._cache_root(prompt, number), pooling=pooling,
-                           read_prefix_cache=rules.reads_prefix_cache(pooling), extras=self._extras(prompt, len(token_ids)))
+                           read_prefix_cache=rules.reads_prefix_cache(pooling), extras=self._extras(prompt, len(token_ids), cut))
 
     def _extras(self, prompt: ParsedPrompt, num_tokens: int, cut: Truncation | None = None) -> dict[str, tuple[int, ...]]:
         check_extras(prompt.extras, self.extra_inputs)
-        kept = slice(-num_tokens, None) if cut is None or cut.keep_end else slice(num_tokens)
+        kept = (cut or Truncation(num_tokens)).kept(num_tokens)
         return {name: values[kept] for name, values in prompt.extras.items()}
 
     def _derived_seed(self, number: int) -> int:
@@ -227,28 +226,37 @@ class RequestRules:
         if len(text) > most and cut is None:
             raise RequestValidationError(f"The prompt has {len(text)} characters, which is longer than the maximum model length of "
                                          f"{self.max_model_len} tokens can hold ({most}).", "prompt", len(text))
-        return text[-most:] if cut is None or cut.keep_end else text[:most]
+        return text[(cut or Truncation(most)).kept(most)]
 
-    def _encode_whole(self, prompt: ParsedPrompt, most_tokens: int | None) -> Sequence[int]:
+    def _encode_whole(self, prompt: ParsedPrompt, cut: Truncation | None) -> Sequence[int]:
         """Ids of a prompt that is pooled: a text that is too long loses its end, or what the tokenizer cuts, not its special tokens."""
-        if most_tokens is None or prompt.token_ids is not None:
-            kept = self.max_model_len if most_tokens == -1 else most_tokens
-            return self._encode(prompt, None if kept is None else Truncation(kept))
-        most = min(self.max_model_len, self.max_model_len if most_tokens == -1 else most_tokens)
+        if cut is None:
+            return self._encode(prompt, None)
+        most = self._most(cut)
+        if prompt.token_ids is not None:
+            return self._encode(prompt, replace(cut, tokens=most))
         tokenizer, text = self.need_tokenizer("a text prompt"), self._bounded(prompt.text or "", None, CUT_TEXT_FACTOR)
-        token_ids = self.guarded(lambda: tokenizer.encode_within(text, most))
+        token_ids = self.guarded(lambda: tokenizer.encode_within(text, most, keep_end=cut.keep_end))
         return self._encode(replace(prompt, token_ids=tuple(token_ids)), None) if token_ids else self._encode(prompt, None)
 
-    def encode_pair(self, text: str, pair: str, most_tokens: int | None) -> ParsedPrompt:
+    def _most(self, cut: Truncation) -> int:
+        """Tokens that a prompt which is pooled may keep."""
+        if cut.tokens > self.max_model_len:
+            raise RequestValidationError(f"truncate_prompt_tokens={cut.tokens} is more than the maximum model length of "
+                                         f"{self.max_model_len} tokens; -1 keeps as many as the model can take",
+                                         "truncate_prompt_tokens", cut.tokens)
+        return self.max_model_len if cut.tokens == -1 else cut.tokens
+
+    def encode_pair(self, text: str, pair: str, cut: Truncation | None) -> ParsedPrompt:
         """Two texts as the prompt of a cross-encoder.
 
         Raises:
             RequestValidationError: no tokenizer, or one that cannot cut so far.
         """
-        tokenizer = self.need_tokenizer("a pair of texts", instead="give both as prompt_token_ids")
-        first, second = (self._bounded(t, None, 1 if most_tokens is None else CUT_TEXT_FACTOR) for t in (text, pair))
-        most = None if most_tokens is None else min(self.max_model_len, self.max_model_len if most_tokens == -1 else most_tokens)
-        found = self.guarded(lambda: tokenizer.encode_pair(first, second, most))
+        tokenizer = self.need_tokenizer("a pair of texts", instead="give classify prompt_token_ids that hold both")
+        first, second = (self._bounded(t, None, 1 if cut is None else CUT_TEXT_FACTOR) for t in (text, pair))
+        most, keep_end = (None, None) if cut is None else (self._most(cut), cut.keep_end)
+        found = self.guarded(lambda: tokenizer.encode_pair(first, second, most, keep_end=keep_end))
         extras = {"token_type_ids": tuple(found.token_type_ids)} if found.token_type_ids else {}
         return ParsedPrompt(None, tuple(found.token_ids), extras={n: v for n, v in extras.items() if n in self.extra_inputs})
 
@@ -278,13 +286,13 @@ class RequestRules:
         if cut is None:
             return token_ids
         kept = self.max_model_len - 1 if cut.tokens == -1 else cut.tokens
-        return token_ids[-kept:] if cut.keep_end else token_ids[:kept]
+        return token_ids[cut.kept(kept)]
 
 
-def _truncation(prompt: ParsedPrompt, sampling: SamplingParams) -> Truncation | None:
+def _truncation(prompt: ParsedPrompt, params: SamplingParams | PoolingParams) -> Truncation | None:
     """What the call says of a prompt, or its parameters. Raises `RequestValidationError` when both do."""
-    tokens = sampling.truncate_prompt_tokens
+    tokens = params.truncate_prompt_tokens
     if prompt.truncation is not None and tokens is not None:
-        raise RequestValidationError("both tokenization_kwargs and the sampling parameters say how to cut the prompt: give one of them",
+        raise RequestValidationError("both tokenization_kwargs and truncate_prompt_tokens say how to cut the prompt: give one of them",
                                      "truncate_prompt_tokens", tokens)
     return prompt.truncation if tokens is None else Truncation(tokens)

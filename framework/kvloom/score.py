@@ -5,78 +5,97 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from kvloom.calls import run
 from kvloom.errors import RequestValidationError
 from kvloom.params import PoolingParams
 from kvloom.pooling_outputs import PoolingOutput, PoolingRequestOutput, ScoringOutput, ScoringRequestOutput
 from kvloom.progress import MakeBar
-from kvloom.prompts import LazyPrompt, check_token_ids, parse_prompt, split_prompts
+from kvloom.prompts import LazyPrompt, ParsedPrompt, Truncation, check_token_ids, parse_prompt, split_prompts
 from kvloom.request_arguments import OnError
 from kvloom.running import RunningEngine
 
-Pairs = list[tuple[str, str]]
+
+class Pairs(NamedTuple):
+    """What `LLM.score` was given: prompts in any form, one of `first` for all of `second` or one each; `cut`: how long ones are cut."""
+
+    first: list[Any]
+    second: list[Any]
+    cut: Truncation | None
+
+    def each_first(self, items: list[Any]) -> list[Any]:
+        """What belongs to `first`, once a pair."""
+        return items * len(self.second) if len(self.first) == 1 else items
 
 
-def paired(engine: RunningEngine, text_1: Any, text_2: Any) -> Pairs:
-    """Pairs of texts from `LLM.score`'s arguments.
+def paired(text_1: Any, text_2: Any, cut: Truncation | None) -> Pairs:
+    """Pairs from `LLM.score`'s arguments; each prompt is read when its request is admitted.
 
     Raises:
         RequestValidationError: no texts, or numbers that do not fit.
-        RequestTypeError: something that is no text.
+        RequestTypeError: something that holds no prompts.
     """
-    first, second = ([_text(engine, p) for p in split_prompts(given)] for given in (text_1, text_2))
+    first, second = split_prompts(text_1), split_prompts(text_2)
     for texts, name, what in ((first, "text_1", "text"), (second, "text_2", "text_pair")):
         if not texts:
             raise RequestValidationError(f"At least one {what} element must be given", name, texts)
     if len(first) not in (1, len(second)):
         raise RequestValidationError(f"Input lengths must be either 1:1, 1:N or N:N; got {len(first)}:{len(second)}", "text_1",
                                      len(first))
-    return list(zip(first * len(second) if len(first) == 1 else first, second, strict=True))
+    return Pairs(first, second, cut)
 
 
-def _text(engine: RunningEngine, prompt: Any) -> str:
-    """A prompt's text; of token ids what they say."""
-    parsed = parse_prompt(prompt)
-    if parsed.text is not None or parsed.token_ids is None:
-        return parsed.text or ""
-    check_token_ids(parsed.token_ids, engine.rules.vocab_size)
-    tokenizer, token_ids = engine.rules.need_tokenizer("a score"), parsed.token_ids
-    return engine.rules.guarded(lambda: tokenizer.decode(token_ids))
+def check_one_label(engine: RunningEngine) -> None:
+    """Raises `RequestValidationError` where a pair would get several scores."""
+    labels = engine.rules.need_pooling("score").poolers.plan.num_labels
+    if labels is not None and labels != 1:
+        raise RequestValidationError(f"Score API needs a model with one label, this one has {labels}; use classify", "task", labels)
 
 
-def score_pairs(engine: RunningEngine, pairs: Pairs, params: PoolingParams, use_tqdm: bool | MakeBar,
+def score_pairs(engine: RunningEngine, pairs: Pairs, params: PoolingParams, priorities: Sequence[int], use_tqdm: bool | MakeBar,
                 on_error: OnError) -> list[PoolingRequestOutput[PoolingOutput]]:
-    """By a cross-encoder, which reads both texts as one prompt.
+    """By a cross-encoder, which reads both texts as one prompt."""
+    items = [LazyPrompt(functools.partial(_pair, engine, a, b, pairs.cut))
+             for a, b in zip(pairs.each_first(pairs.first), pairs.second, strict=True)]
+    return run(engine, items, [params] * len(items), priorities, use_tqdm, on_error)
+
+
+def score_embeddings(engine: RunningEngine, pairs: Pairs, params: PoolingParams, priorities: Sequence[int], use_tqdm: bool | MakeBar,
+                     on_error: OnError) -> list[ScoringRequestOutput]:
+    """By the cosine of both texts' embeddings; one text for all pairs is computed once."""
+    prompts = [*pairs.first, *pairs.second]
+    items = [LazyPrompt(functools.partial(_text, engine, p, pairs.cut)) for p in prompts]
+    own = [min(priorities)] if len(pairs.first) == 1 else priorities
+    outputs = run(engine, items, [params] * len(items), [*own, *priorities], use_tqdm, on_error)
+    first, second = pairs.each_first(outputs[:len(pairs.first)]), outputs[len(pairs.first):]
+    padding = engine.tokenizer.pad_token_id if engine.tokenizer is not None else None
+    return [_cosine(a, b, [] if padding is None else [padding]) for a, b in zip(first, second, strict=True)]
+
+
+def _pair(engine: RunningEngine, first: Any, second: Any, cut: Truncation | None) -> ParsedPrompt:
+    a, b = (_text(engine, p, None) for p in (first, second))
+    salts = dict.fromkeys(s for s in (a.cache_salt, b.cache_salt) if s)
+    return replace(engine.rules.encode_pair(a.text or "", b.text or "", cut), cache_salt="\n".join(salts))
+
+
+def _text(engine: RunningEngine, prompt: Any, cut: Truncation | None) -> ParsedPrompt:
+    """A prompt as text; of token ids what they say.
 
     Raises:
-        RequestValidationError: the model has more labels than one.
+        RequestValidationError, RequestTypeError: it is none, or token ids cannot be read.
     """
-    labels = engine.rules.need_pooling("score").poolers.plan.num_labels
-    if labels != 1:
-        raise RequestValidationError(f"Score API needs a model with one label, this one has {labels}; use classify", "task", labels)
-    most, params = params.truncate_prompt_tokens, _uncut(params)
-    items = [LazyPrompt(functools.partial(engine.rules.encode_pair, *pair, most)) for pair in pairs]
-    return run(engine, items, [params] * len(items), [0] * len(items), use_tqdm, on_error)
-
-
-def _uncut(params: PoolingParams) -> PoolingParams:
-    own = params.clone()
-    own.truncate_prompt_tokens = None  # the pair is cut as a pair
-    return own
-
-
-def score_embeddings(engine: RunningEngine, pairs: Pairs, params: PoolingParams, use_tqdm: bool | MakeBar,
-                     on_error: OnError) -> list[ScoringRequestOutput]:
-    """By the cosine of both texts' embeddings; a text that comes more than once is computed once a side."""
-    same = all(pair[0] == pairs[0][0] for pair in pairs)
-    first = [pairs[0][0]] if same else [a for a, _ in pairs]
-    texts = [*first, *(b for _, b in pairs)]
-    outputs = run(engine, texts, [params] * len(texts), [0] * len(texts), use_tqdm, on_error)
-    ours = outputs[:len(first)] * (len(pairs) if same else 1)
-    padding = engine.tokenizer.pad_token_id if engine.tokenizer is not None else None
-    return [_cosine(a, b, [] if padding is None else [padding]) for a, b in zip(ours, outputs[len(first):], strict=True)]
+    parsed = parse_prompt(prompt)
+    if parsed.extras:
+        raise RequestValidationError(f"{', '.join(parsed.extras)} cannot be given to score, which makes its own; give "
+                                     "classify or embed prompt_token_ids with them", next(iter(parsed.extras)))
+    text, token_ids = parsed.text, parsed.token_ids
+    if text is None:
+        check_token_ids(token_ids or (), engine.rules.vocab_size)
+        tokenizer = engine.rules.need_tokenizer("score, which reads the text of token ids,", "prompt", "call embed or classify")
+        text = engine.rules.guarded(lambda: tokenizer.decode(token_ids or ()))
+    return ParsedPrompt(text, None, parsed.cache_salt, cut)
 
 
 def _cosine(a: PoolingRequestOutput[Any], b: PoolingRequestOutput[Any], padding: list[int]) -> ScoringRequestOutput:

@@ -291,6 +291,26 @@ def test_beam_search__a_bad_prompt_is_refused_before_anything_is_computed(llm: L
     assert_idle(llm)
 
 
+def test_beam_search__priority_says_whose_beams_come_first(checkpoint: Path) -> None:
+    prompts = [[60 + i, 1] for i in range(3)]
+    with LLM(str(checkpoint), dtype="float32", scheduling_policy="priority", max_num_seqs=2) as narrow:
+        expected = narrow.beam_search(prompts, BeamSearchParams(2, 4, **NO_END))
+        with recorded_steps(narrow) as steps:
+            found = narrow.beam_search(prompts, BeamSearchParams(2, 4, **NO_END), priority=[2, 0, 1])
+        assert found == expected
+        assert [n.token_ids[0] for s in steps for n in s.new if len(n.token_ids) == 2] == [61, 62, 60]
+        for wrong in ([1], True, "x"):
+            with pytest.raises((RequestValidationError, RequestTypeError)) as caught:
+                narrow.beam_search(prompts, BeamSearchParams(2, 4), priority=wrong)
+            assert caught.value.parameter == "priority"
+
+
+def test_beam_search__use_tqdm_that_is_no_bar_is_refused_before_anything_is_computed(llm: LLM) -> None:
+    with recorded_steps(llm) as steps, pytest.raises(RequestTypeError, match="use_tqdm must be True, False or a function"):
+        llm.beam_search(["a"], BeamSearchParams(2, 4), use_tqdm="no")
+    assert steps == []
+
+
 def test_beam_search__what_is_not_supported_says_so(llm: LLM) -> None:
     with pytest.raises(UnsupportedFeatureError, match="lora_request"):
         llm.beam_search(["a"], BeamSearchParams(2, 4), lora_request=object())

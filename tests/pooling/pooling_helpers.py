@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from kvloom import LLM
+from kvloom.interfaces import Step
 
 VOCAB, HIDDEN, POSITIONS = 101, 60, 256
 SIZES = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 92, "num_hidden_layers": 2, "num_attention_heads": 6,
@@ -79,3 +83,42 @@ def free_blocks(llm: LLM) -> tuple[float, float]:
     return stats["free_blocks"], stats["total_blocks"]
 
 
+def as_reward_model(directory: Path) -> None:
+    """Of a Qwen2 checkpoint with a label head: transformers has no such architecture, which has two layers in the place of one."""
+    path = directory / "model.safetensors"
+    tensors = {k: v for k, v in load_file(path).items() if not k.startswith("score")}
+    shapes = {"score.0.weight": (HIDDEN, HIDDEN), "score.0.bias": (HIDDEN,), "score.2.weight": (1, HIDDEN), "score.2.bias": (1,)}
+    generator = torch.Generator().manual_seed(11)
+    save_file(tensors | {n: 0.3 * torch.randn(s, generator=generator) for n, s in shapes.items()}, path, metadata={"format": "pt"})
+    edit(directory, architectures=["Qwen2ForRewardModel"])
+
+
+@contextmanager
+def recorded_steps(llm: LLM) -> Iterator[list[Step]]:
+    """Every step that reaches the executor meanwhile."""
+    executor, steps = llm.llm_engine.executor, []
+    submit = executor.submit
+    executor.submit = lambda step: steps.append(step) or submit(step)
+    try:
+        yield steps
+    finally:
+        del executor.submit
+
+
+def assert_idle(llm: LLM) -> None:
+    """Nothing is under way and no block is lost."""
+    scheduler = llm.llm_engine.engine.scheduler
+    scheduler.check_integrity()
+    assert not llm.llm_engine.has_work
+    assert scheduler.num_free_blocks == scheduler.num_usable_blocks
+
+
+def write_tokenizer(directory: Path) -> None:
+    """Words w0..w95, two special tokens around a text and one between two, and padding."""
+    words = {**{f"w{i}": i for i in range(4, VOCAB)}, "<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>", "<unk>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>"}')

@@ -139,7 +139,7 @@ def reward_checkpoint(directory: Path, kind: str, labels: int) -> tuple[torch.nn
     return base, head
 
 
-def test_a_reward_model_gives_every_token_a_reward(tmp_path: Path) -> None:
+def test_reward__gives_every_token_a_number(tmp_path: Path) -> None:
     base, head = reward_checkpoint(tmp_path, "RewardModel", 1)
     with torch.no_grad():
         theirs = [head(hidden_of(base, p)) for p in PROMPTS]

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pooling_helpers import VOCAB, close, engine, free_blocks, hidden_of, make, prompts_of, unit, vectors
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from pooling_helpers import VOCAB, close, engine, free_blocks, hidden_of, make, prompts_of, unit, vectors, write_tokenizer
 from transformers import AutoTokenizer
 
 from kvloom import LLM, PoolerConfig, PoolingParams, SamplingParams
@@ -17,17 +16,6 @@ from kvloom.errors import ConfigError, RequestTypeError, RequestValidationError,
 
 PROMPTS = prompts_of(8)
 QUIET = {"use_tqdm": False}
-
-
-def write_tokenizer(directory: Path) -> None:
-    """Words w0..w95, two special tokens around a text and one between two, and padding."""
-    words = {**{f"w{i}": i for i in range(4, VOCAB)}, "<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>", "<unk>"])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)])
-    tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>"}')
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +40,7 @@ def llm(directory: Path, model: torch.nn.Module):
 def cross(tmp_path_factory: pytest.TempPathFactory):
     """A cross-encoder: directory, transformers' model, engine."""
     where = tmp_path_factory.mktemp("cross")
-    theirs = make(where, "Qwen2", "ForSequenceClassification", num_labels=1)
+    theirs = make(where, kind="ForSequenceClassification", num_labels=1)
     write_tokenizer(where)
     with engine(where, task="score", skip_tokenizer_init=False) as made:
         yield where, theirs, made
@@ -106,7 +94,7 @@ def test_classify__gives_a_probability_for_each_label(tmp_path: Path) -> None:
 
 
 def test_reward__is_refused_in_engines_of_other_tasks(llm: LLM) -> None:
-    with pytest.raises(ValueError, match="Reward API is only enabled.*task='embed'"):
+    with pytest.raises(ValueError, match=r"LLM.reward\(\) is only supported for reward models.*task='embed'"):
         llm.reward(PROMPTS)
 
 
@@ -117,6 +105,7 @@ def test_score__of_a_cross_encoder_reads_both_texts_as_one_prompt(cross, truncat
     query, texts = "w10 w11 w12 w13", ["w20", "w30 w31 w32 w33 w34 w35", "w40 w41"]
     cut = {} if truncate is None else {"truncation": "longest_first", "max_length": 256 if truncate == -1 else truncate}
     ids = [tokenizer(query, t, **cut)["input_ids"] for t in texts]
+    assert [len(i) for i in ids] == ([7, 7, 7] if truncate == 7 else [8, 13, 9])  # the tokenizer of this checkpoint knows the words
     with torch.no_grad():
         wanted = [theirs(torch.tensor([i])).logits.sigmoid().item() for i in ids]
     outputs = made.score(query, texts, truncate_prompt_tokens=truncate, **QUIET)
@@ -283,14 +272,14 @@ def test_task__says_what_an_engine_is_for(directory: Path, model: torch.nn.Modul
     with engine(directory) as made:
         assert len(made.generate([PROMPTS[0]], SamplingParams(max_tokens=2), **QUIET)) == 1
         for call in (made.encode, made.embed, made.classify, made.reward, lambda p: made.score("a", "b")):
-            with pytest.raises(RequestValidationError, match="only supported for pooling models.*Make an LLM with task='embed'"):
+            with pytest.raises(RequestValidationError, match="is only supported for .*this engine runs with task='generate'.*Make an LLM with task="):
                 call([PROMPTS[0]])
     for task in ("embed", "pooling"):
         with engine(directory, task=task) as made:
             for call in (made.generate, made.generate_iter, made.chat):
                 with pytest.raises(RequestValidationError, match="only supported for .conditional. generation models.*task='generate'"):
                     call([PROMPTS[0]])
-            with pytest.raises(RequestValidationError, match="Classification API is only enabled"):
+            with pytest.raises(RequestValidationError, match="is only supported for models that classify"):
                 made.classify([PROMPTS[0]])
     with pytest.warns(DeprecationWarning, match="use task='embed'"):
         assert EngineConfig.from_kwargs(model="m", task="embedding").model.task == "embed"

@@ -14,6 +14,12 @@ from kvloom.interfaces.model_config import ModelConfig
 GENERATE = "generate"
 LABEL_TASKS = ("classify", "score", "reward")
 """Tasks that end in the model's label head."""
+MODELS: Mapping[str, str] = {
+    GENERATE: "decoders, ...ForCausalLM", "embed": "decoders and encoders, ...ForCausalLM or ...Model",
+    "classify": "with a label head, ...ForSequenceClassification", "score": "with one label, ...ForSequenceClassification",
+    "reward": "...ForRewardModel, ...ForProcessRewardModel",
+}
+"""Task -> the models that have it, and how their architectures are called."""
 LABEL_ACTIVATIONS: Mapping[str, str] = {"Sigmoid": "sigmoid", "Identity": "identity", "Softmax": "softmax"}
 """Last part of the class path that a cross-encoder's config.json may name."""
 
@@ -91,7 +97,9 @@ def choose_task(requested: str, tasks: Sequence[str], *, is_sentence_model: bool
         wanted = ["embed"] if is_sentence_model and "embed" in usable else usable
     found = next((t for t in wanted if t in tasks), None)
     if found is None:
-        raise ConfigError(f"This model does not support the {requested!r} task. Supported tasks: {set(tasks)} ({model})")
+        other = f"; {requested} needs a model of these: {MODELS[requested]}" if requested in MODELS else ""
+        raise ConfigError(f"This model does not support the {requested!r} task. Supported tasks: {{{', '.join(map(repr, tasks))}}} "
+                          f"({model}){other}")
     return found
 
 

@@ -92,12 +92,19 @@ class Tokenizer(ABC):
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
 
-    def encode_within(self, text: str, max_tokens: int) -> list[int]:
-        """`encode` with special tokens, cut to `max_tokens` so that these stay. Raises `ValueError` where they do not fit."""
+    def encode_within(self, text: str, max_tokens: int, *, keep_end: bool | None = None) -> list[int]:
+        """`encode` with special tokens, cut to `max_tokens` so that these stay. Raises `ValueError` where they do not fit.
+
+        Args:
+            keep_end: whether the text loses its beginning; None: as the tokenizer's own files have it.
+        """
         raise UnsupportedFeatureError("truncate_prompt_tokens", max_tokens, f"{type(self).__name__} cannot cut a text")
 
-    def encode_pair(self, text: str, pair: str, max_tokens: int | None = None) -> EncodedPair:
+    def encode_pair(self, text: str, pair: str, max_tokens: int | None = None, *, keep_end: bool | None = None) -> EncodedPair:
         """Two texts as one prompt, as a cross-encoder reads them, the longer one cut first where it has more than `max_tokens`.
+
+        Args:
+            keep_end: as in `encode_within`.
 
         Raises:
             ValueError: the special tokens alone are more.

@@ -17,7 +17,7 @@ AS_LONG_AS_POSSIBLE = -1
 
 def read_truncation(given: Any) -> Truncation | None:
     """``{"truncate_prompt_tokens": k}``, or as transformers has it ``{"truncation": True, "max_length": k}``; with
-    ``"truncation_side"``: "left" (as here without it) keeps the end, "right" the beginning. None for nothing.
+    ``"truncation_side"``: "left" keeps the end, "right" the beginning; see `Truncation`. None for nothing.
 
     Raises:
         RequestTypeError: no dict.
@@ -32,11 +32,11 @@ def read_truncation(given: Any) -> Truncation | None:
             raise RequestValidationError(f"tokenization_kwargs has the unknown key {shown(key)}"
                                          f"{did_you_mean(key, KEYS) if isinstance(key, str) else ''} (keys: {', '.join(KEYS)})",
                                          "tokenization_kwargs", key)
-    side = given.get("truncation_side") or "left"
-    if side not in ("left", "right"):
+    side = given.get("truncation_side")
+    if side not in (None, "left", "right"):
         raise RequestValidationError(f"truncation_side must be 'left' or 'right', got {shown(side)}", "truncation_side", side)
     tokens = _tokens(given)
-    return None if tokens is None else Truncation(tokens, side == "left")
+    return None if tokens is None else Truncation(tokens, None if side is None else side == "left")
 
 
 def _tokens(given: Mapping[str, Any]) -> int | None:
@@ -58,6 +58,11 @@ def _tokens(given: Mapping[str, Any]) -> int | None:
     return AS_LONG_AS_POSSIBLE if length is None else check_int("max_length", length, 1)
 
 
-def cut_prompt(prompt: Any, truncation: Truncation) -> LazyPrompt:
-    """The same prompt, in any of its forms, that is cut when its request is admitted."""
+def cut_prompts(prompts: list[Any], tokenization_kwargs: Any) -> list[Any]:
+    """The same prompts, in any of their forms, that are cut when their requests are admitted. Raises what `read_truncation` does."""
+    truncation = read_truncation(tokenization_kwargs)
+    return prompts if truncation is None else [_cut(p, truncation) for p in prompts]
+
+
+def _cut(prompt: Any, truncation: Truncation) -> LazyPrompt:
     return LazyPrompt(lambda: replace(parse_prompt(prompt), truncation=truncation))

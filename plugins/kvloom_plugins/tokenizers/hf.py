@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any, Self
 
 import transformers
@@ -49,6 +50,7 @@ class AutoTokenizer(Tokenizer):
 
     def _take(self, tokenizer: Any, template_places: tuple[str, ...]) -> None:
         self._hf, self._template_places = tokenizer, template_places
+        self._lock = Lock()  # the library keeps how it cuts in the object, from one call to the next
         vocabulary = self._hf.get_vocab()
         self._vocab_size = max(vocabulary.values(), default=-1) + 1
         self._gaps = frozenset(range(self._vocab_size)).difference(vocabulary.values())
@@ -126,21 +128,29 @@ class AutoTokenizer(Tokenizer):
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """See `Tokenizer.encode`."""
-        return [int(i) for i in self._hf(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]]
+        with self._lock:
+            return [int(i) for i in self._hf(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]]
 
-    def encode_within(self, text: str, max_tokens: int) -> list[int]:
+    def encode_within(self, text: str, max_tokens: int, *, keep_end: bool | None = None) -> list[int]:
         """See `Tokenizer.encode_within`."""
-        return self._cut(text, None, max_tokens).token_ids
+        return self._cut(text, None, max_tokens, keep_end).token_ids
 
-    def encode_pair(self, text: str, pair: str, max_tokens: int | None = None) -> EncodedPair:
+    def encode_pair(self, text: str, pair: str, max_tokens: int | None = None, *, keep_end: bool | None = None) -> EncodedPair:
         """See `Tokenizer.encode_pair`."""
-        return self._cut(text, pair, max_tokens)
+        return self._cut(text, pair, max_tokens, keep_end)
 
-    def _cut(self, text: str, pair: str | None, max_tokens: int | None) -> EncodedPair:
+    def _cut(self, text: str, pair: str | None, max_tokens: int | None, keep_end: bool | None) -> EncodedPair:
         added = self._hf.num_special_tokens_to_add(pair=pair is not None)
         if max_tokens is not None and max_tokens <= added:
             raise ValueError(f"{max_tokens} tokens leave no room beside the tokenizer's {added} special tokens")
-        found = self._hf(text, pair, verbose=False, truncation=False if max_tokens is None else "longest_first", max_length=max_tokens)
+        with self._lock:
+            side = self._hf.truncation_side
+            self._hf.truncation_side = side if keep_end is None else "left" if keep_end else "right"
+            try:
+                found = self._hf(text, pair, verbose=False, truncation=False if max_tokens is None else "longest_first",
+                                 max_length=max_tokens)
+            finally:
+                self._hf.truncation_side = side
         return EncodedPair([int(i) for i in found["input_ids"]], [int(i) for i in found.get("token_type_ids", ())])
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True) -> str:
