@@ -103,7 +103,8 @@ def methods() -> str:
         for argument, parameter in inspect.signature(member).parameters.items():
             if argument != "self":
                 is_required = parameter.default is parameter.empty or type(parameter.default) is object
-                default, test = "" if is_required else f"`{parameter.default!r}`", _test_of_argument(name, argument, is_required=is_required)
+                default = "" if is_required else f"`{parameter.default!r}`"
+                test = _test_of_argument(name, argument, is_required=is_required)
                 rows.append(f"| `{name}` `{argument}` | {default} | {meanings.get(argument, '')} | {test} |")
     return "\n".join(rows)
 
