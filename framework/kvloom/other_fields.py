@@ -51,7 +51,9 @@ STRUCTURE: Mapping[str, OtherField] = MappingProxyType({
     "backend_was_auto": OtherField(False, "it is a note of an engine to itself"),
 })
 BEAMS: Mapping[str, OtherField] = MappingProxyType({
-    "early_stopping": OtherField(False, "a search goes on until no beam can become better"),
+    "early_stopping": OtherField(False, "a search runs to max_tokens, or until every beam has ended"),
+    "structured_outputs": OtherField(None, "use generate with SamplingParams(structured_outputs=...)"),
+    "watermarking": OtherField(None, "leave it out"),
 })
 
 

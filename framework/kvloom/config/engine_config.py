@@ -115,13 +115,17 @@ class EngineConfig:
             return PluginSelection(tuple(n.strip() for n in variable.split(",") if n.strip()), PLUGINS_VARIABLE)
         return PluginSelection()
 
-    def resolved_max_model_len(self, derived: int) -> int:
-        """``max_model_len``, at most what the model was made for (`derived`). Raises `ConfigError` when it is more."""
+    def resolved_max_model_len(self, derived: int, usual: int | None = None) -> int:
+        """``max_model_len``, at most what the model was made for (`derived`); `usual` tokens unless it is given.
+
+        Raises:
+            ConfigError: it is more.
+        """
         given = self.model.max_model_len
         if given is not None and given > derived:
             raise ConfigError(f"max_model_len={given} is more than the {derived} tokens that config.json says the model was made for; "
                               "lower it, or change config.json's value with hf_overrides (max_position_embeddings, rope_scaling)")
-        return given or derived
+        return given or min(derived, usual or derived)
 
     def limits(self, max_model_len: int, *, chunkable: bool) -> SchedulerLimits:
         """See `SchedulerSection.limits`."""

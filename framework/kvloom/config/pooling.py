@@ -126,9 +126,12 @@ def plan_pooling(task: str, config: PoolerConfig | None, modules: SentenceModule
         raw: config.json, for keys that concern no model class.
 
     Raises:
-        ModelError: dense layers that do not fit, or Matryoshka dimensions that are none.
+        ModelError: modules that do not fit, or Matryoshka dimensions that are none.
     """
     size = model.hidden_size
+    if modules is not None and modules.pooled_size not in (None, size):
+        raise ModelError(f"the pooling module of modules.json is for {modules.pooled_size} numbers (word_embedding_dimension), the "
+                         f"model gives {size}")
     for layer in (modules.dense if modules is not None else ()):
         if layer.in_features != size:
             raise ModelError(f"{layer.directory.name} takes {layer.in_features} numbers, what comes before it gives {size}")

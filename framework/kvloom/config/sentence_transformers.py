@@ -24,6 +24,10 @@ ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "Sigmoid", "SiLU")
 ORDER = re.compile(r"Transformer( Pooling)?( Dense)*( Normalize)?")
 """Of a checkpoint's modules: what is computed in this order."""
 MAX_WIDTH, MAX_MODULES = 2**20, 64
+LIBRARY = "sentence_transformers."
+"""What class paths begin with; another library's class of the same name may compute something else."""
+SENTENCE = "sentence_embedding"
+"""What dense layers read and write; others change the rows of tokens, before they are pooled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +49,14 @@ class SentenceModules:
         pooling_type: None where no pooling module is named.
         normalize: whether the embedding gets length 1.
         max_tokens: longest prompt; None: the model's own.
+        pooled_size: numbers that the pooling module says it is given; None: it does not say.
     """
 
     pooling_type: str | None
     dense: tuple[DenseLayer, ...]
     normalize: bool
     max_tokens: int | None
+    pooled_size: int | None = None
 
 
 def is_sentence_model(directory: Path) -> bool:
@@ -71,19 +77,21 @@ def read_modules(directory: Path, chosen: str | None) -> SentenceModules | None:
     if not is_sentence_model(directory):
         return None
     pooling_type: str | None = None
+    pooled_size: int | None = None
     dense: list[DenseLayer] = []
     kinds: list[str] = []
     for module in _listed(directory / "modules.json"):
-        kind, folder = str(module.get("type", "")).rpartition(".")[2], _inside(directory, module.get("path", ""))
+        kind, folder = _kind(module), _inside(directory, module.get("path", ""))
         kinds.append(kind)
-        if kind == "Pooling":
-            pooling_type = chosen or _pooling_type(read_json(folder / "config.json"))
+        if kind == "Pooling" and chosen is None:
+            config = read_json(folder / "config.json")
+            pooling_type, pooled_size = _pooling_type(config), _size(config, "word_embedding_dimension", folder)
         elif kind == "Dense":
             dense.append(_dense(folder))
     if not ORDER.fullmatch(" ".join(kinds)):
         raise UnsupportedFeatureError("modules.json", ", ".join(kinds) or "an empty list", "a checkpoint may have Transformer, then "
                                       "maybe Pooling, then any number of Dense, then maybe Normalize")
-    return SentenceModules(pooling_type, tuple(dense), "Normalize" in kinds, _max_tokens(directory))
+    return SentenceModules(pooling_type, tuple(dense), "Normalize" in kinds, _max_tokens(directory), pooled_size)
 
 
 def _listed(path: Path) -> list[dict[str, Any]]:
@@ -96,6 +104,12 @@ def _listed(path: Path) -> list[dict[str, Any]]:
     if not isinstance(modules, list) or len(modules) > MAX_MODULES or not all(isinstance(m, dict) for m in modules):
         raise ModelError(f"{path} must hold a list of at most {MAX_MODULES} objects")
     return modules
+
+
+def _kind(module: Mapping[str, Any]) -> str:
+    """The last part of its class path; the whole path of what is not the library's."""
+    path = str(module.get("type", ""))
+    return path.rpartition(".")[2] if path.startswith(LIBRARY) else path
 
 
 def _inside(directory: Path, name: object) -> Path:
@@ -120,10 +134,20 @@ def _dense(folder: Path) -> DenseLayer:
     activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh")).rpartition(".")[2]
     if activation not in ACTIVATIONS:
         raise UnsupportedFeatureError(f"{folder.name}: activation_function", activation, f"it may be {', '.join(ACTIVATIONS)}")
-    sizes = [config.get("in_features"), config.get("out_features")]
-    if not all(type(s) is int and 0 < s <= MAX_WIDTH for s in sizes):
-        raise ModelError(f"{folder / 'config.json'}: in_features and out_features must be sizes, got {shown(sizes)}")
-    return DenseLayer(folder, config["in_features"], config["out_features"], config.get("bias", True) is True, activation)
+    for name in ("module_input_name", "module_output_name"):
+        if config.get(name) not in (None, SENTENCE):
+            raise UnsupportedFeatureError(f"{folder.name}: {name}", config[name], f"dense layers may only read and write {SENTENCE}")
+    in_features, out_features = (_size(config, name, folder) for name in ("in_features", "out_features"))
+    if in_features is None or out_features is None:
+        raise ModelError(f"{folder / 'config.json'} must have in_features and out_features")
+    return DenseLayer(folder, in_features, out_features, config.get("bias", True) is True, activation)
+
+
+def _size(config: Mapping[str, Any], name: str, folder: Path) -> int | None:
+    value = config.get(name)
+    if value is not None and not (type(value) is int and 0 < value <= MAX_WIDTH):
+        raise ModelError(f"{folder / 'config.json'}: {name} must be a size of at most {MAX_WIDTH}, got {shown(value)}")
+    return value
 
 
 def _max_tokens(directory: Path) -> int | None:

@@ -96,7 +96,7 @@ def open_source(config: EngineConfig, plugins: PluginSet) -> ModelSource:
     pooling = open_pooling(config, directory, task, model_config, raw)
     if pooling is not None and pooling.config.pooling_type is not None:
         find_pooler(pooling.config.pooling_type, plugins)
-    max_model_len = config.resolved_max_model_len(min(longest, (pooling and pooling.max_tokens) or longest))
+    max_model_len = config.resolved_max_model_len(longest, None if pooling is None else pooling.max_tokens)
     dtype = resolve_dtype(m.dtype, model_config.dtype)
     generation = read_generation(directory, m.generation_config, m.override_generation_config)
     return ModelSource(directory, entry, model_config, max_model_len, dtype, quant, end_tokens(raw, generation),
