@@ -12,7 +12,8 @@ from torch.nn import functional
 from kvloom.errors import ConfigError
 from kvloom.interfaces.quant import EmbeddingMethod, LinearMethod, LinearShape, ParamSpec, QuantMethod
 from kvloom.layers.base import dtype_name
-from kvloom_kernels.linear import Finish, WeightShape, can_pack, lookup, pack, product, unpack
+from kvloom_kernels.activation import Finish
+from kvloom_kernels.linear import WeightShape, can_pack, lookup, pack, product, unpack
 
 FINISHES = {"silu": Finish.SILU, "swish": Finish.SILU, "gelu": Finish.GELU, "gelu_pytorch_tanh": Finish.GELU_TANH,
             "gelu_new": Finish.GELU_TANH}

@@ -98,7 +98,7 @@ class PoolingCalls:
         on_error: OnError = "raise",
     ) -> list[EmbeddingRequestOutput]:
         """Embed prompts: one list of numbers each, of length 1 where the model normalizes."""
-        self.llm_engine.rules.need_pooling("embed")
+        self.llm_engine.rules.need_pooling("embed").check_one_row("embed")
         refuse_later(lora_request=lora_request, prompt_adapter_request=prompt_adapter_request)
         items = cut_prompts(split_prompts(prompts), tokenization_kwargs)
         outputs = self._pool(items, pooling_params, "embed", truncate_prompt_tokens, use_tqdm, priority, on_error)
@@ -119,7 +119,7 @@ class PoolingCalls:
         on_error: OnError = "raise",
     ) -> list[ClassificationRequestOutput]:
         """Classify prompts: a probability for each of the model's labels."""
-        self.llm_engine.rules.need_pooling("classify")
+        self.llm_engine.rules.need_pooling("classify").check_one_row("classify")
         refuse_later(lora_request=lora_request, prompt_adapter_request=prompt_adapter_request)
         items = cut_prompts(split_prompts(prompts), tokenization_kwargs)
         outputs = self._pool(items, pooling_params, "classify", truncate_prompt_tokens, use_tqdm, priority, on_error)
@@ -172,18 +172,19 @@ class PoolingCalls:
             with a padding token between them.
         """
         engine = self.llm_engine
-        task = engine.rules.need_pooling("score").task
+        rules = engine.rules.need_pooling("score")
+        rules.check_one_row("score")
         check_one_label(engine)
         refuse_later(lora_request=lora_request, prompt_adapter_request=prompt_adapter_request)
         check_on_error(on_error)
         if pooling_params is not None and not isinstance(pooling_params, PoolingParams):
             raise RequestTypeError(f"pooling_params must be one PoolingParams for all pairs, got {type(pooling_params).__name__}",
                                    "pooling_params", pooling_params)
-        params = for_task(pooling_params or PoolingParams(), "embed" if task == "embed" else "score", truncate_prompt_tokens)
+        params = for_task(pooling_params or PoolingParams(), "embed" if rules.task == "embed" else "score", truncate_prompt_tokens)
         cut, params = taken_cut(params, read_truncation(tokenization_kwargs))
         pairs = paired(text_1, text_2, cut)
         priorities = priorities_each(len(pairs.second), priority)
-        if task == "embed":
+        if rules.task == "embed":
             return score_embeddings(engine, pairs, params, priorities, use_tqdm, on_error)
         return [converted(o, ScoringRequestOutput) for o in score_pairs(engine, pairs, params, priorities, use_tqdm, on_error)]
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvloom.errors import RequestValidationError, shown
 from kvloom.params import PoolingParams
+from kvloom.prompts import check_token_ids
 
 if TYPE_CHECKING:
     from kvloom.runtime.pooling import PoolerSet
@@ -39,6 +40,13 @@ class PoolingRules:
             raise RequestValidationError(f"this engine runs with task={self.task!r}, whose requests may be for {', '.join(served)}; "
                                          f"got {shown(task)}", "pooling_task", task)
 
+    def check_one_row(self, method: str) -> None:
+        """Raises `RequestValidationError` for a method that gives one row a prompt where there are several."""
+        if self.poolers.pooler(PoolingParams()).gives_rows:
+            kind = self.poolers.pooling_type
+            raise RequestValidationError(f"LLM.{method}() gives one row a prompt, but this engine pools with {kind}, which gives rows "
+                                         "for tokens: call encode, or make the LLM with another pooling_type", "pooling_type", kind)
+
     def checked(self, params: PoolingParams) -> PoolingParams:
         """A checked copy of the caller's.
 
@@ -51,9 +59,8 @@ class PoolingRules:
             self._check_dimensions(own.dimensions)
         if own.returned_token_ids is not None:
             self.check_columns(own.returned_token_ids)
-        if own.step_tag_id is not None and self.poolers.pooling_type != STEPS:
-            raise RequestValidationError(f"step_tag_id belongs to pooling type {STEPS}, this engine pools with "
-                                         f"{self.poolers.pooling_type}", "step_tag_id", own.step_tag_id)
+        if own.step_tag_id is not None:
+            self._check_step(own.step_tag_id)
         return own
 
     def check_columns(self, columns: Sequence[int]) -> None:
@@ -62,10 +69,31 @@ class PoolingRules:
         if count is None:
             raise RequestValidationError("returned_token_ids choose scores of labels, this engine gives embeddings",
                                          "returned_token_ids", list(columns))
+        if len(columns) > count:
+            raise RequestValidationError(f"returned_token_ids has {len(columns)} columns, the label head has {count}",
+                                         "returned_token_ids", len(columns))
         bad = next((c for c in columns if c >= count), None)
         if bad is not None:
             raise RequestValidationError(f"returned_token_ids are columns 0 to {count - 1} of the label head, got {bad}",
                                          "returned_token_ids", bad)
+
+    def check_defaults(self, vocab_size: int) -> None:
+        """What the caller's `PoolerConfig` says of the model. Raises `RequestValidationError`.
+
+        Args:
+            vocab_size: ids that the model embeds.
+        """
+        config = self.poolers.plan.config
+        if config.returned_token_ids is not None:
+            self.check_columns(config.returned_token_ids)
+        if config.step_tag_id is not None:
+            self._check_step(config.step_tag_id)
+            check_token_ids([config.step_tag_id], vocab_size)
+
+    def _check_step(self, tag_id: int) -> None:
+        if self.poolers.pooling_type != STEPS:
+            raise RequestValidationError(f"step_tag_id belongs to pooling type {STEPS}, this engine pools with "
+                                         f"{self.poolers.pooling_type}", "step_tag_id", tag_id)
 
     def _check_dimensions(self, wanted: int) -> None:
         plan = self.poolers.plan

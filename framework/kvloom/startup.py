@@ -83,7 +83,7 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
                 limits.cached, EndTokens.of(source.end_token_ids, tokenizer), tokenizer,
                 logits.LogitsPipeline(logits.make_processors(plugins.registries["logits_processors"],
                                                               config.features.logits_processors or ())),
-                executor.call(_extra_inputs)[0], grammars, _pooling_rules(plugins, source.pooling, executor))
+                executor.call(_extra_inputs)[0], grammars, _pooling_rules(plugins, source.pooling, executor, source.config.vocab_size))
         notes = (f"task: {source.task}", f"dtype: {dtype_name(source.dtype)}", f"threads: {_threads()}", *report.notes, *plugins.notes)
         start = StartReport(tuple(timer.phases), timer.elapsed_s, plan.num_blocks, plan.capacity_tokens, notes)
         running = RunningEngine(config, engine, executor, plugins, rules, source.defaults, plan, start)
@@ -113,17 +113,16 @@ def _extra_inputs(worker: Any) -> dict[str, int]:
     return dict(worker.model.extra_inputs)
 
 
-def _pooling_rules(plugins: PluginSet, plan: PoolingPlan | None, executor: Executor) -> PoolingRules | None:
+def _pooling_rules(plugins: PluginSet, plan: PoolingPlan | None, executor: Executor, vocab_size: int) -> PoolingRules | None:
     from kvloom.runtime.worker import make_poolers, model_pooling
 
     if plan is None:
         return None
     rules = PoolingRules(make_poolers(plugins, plan, executor.call(model_pooling)[0]))
-    if plan.config.returned_token_ids is not None:
-        try:
-            rules.check_columns(plan.config.returned_token_ids)
-        except RequestValidationError as error:
-            raise ConfigError(f"override_pooler_config: {error}") from error
+    try:
+        rules.check_defaults(vocab_size)
+    except RequestValidationError as error:
+        raise ConfigError(f"override_pooler_config: {error}") from error
     return rules
 
 

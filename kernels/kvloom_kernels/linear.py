@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-from enum import IntEnum
 from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding as lookup_reference
-from torch.nn.functional import gelu, silu
 from torch.nn.functional import linear as linear_reference
 
-from kvloom_kernels.activation import silu_mul
+from kvloom_kernels.activation import Finish, gated_mul, gated_mul_reference
 from kvloom_kernels.call import is_native, pointer
 from kvloom_kernels.native import library, problem
 from kvloom_kernels.plan import run
 from kvloom_kernels.scratch import empty
-
-
-class Finish(IntEnum):
-    """What becomes of a gated product before it is stored: nothing, or ``f(gate) * up``. Numbers as in product.cpp."""
-
-    PLAIN = 0
-    SILU = 1
-    GELU = 2
-    GELU_TANH = 3
 
 
 class _Product(ctypes.Structure):
@@ -105,15 +94,9 @@ def product_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, fin
                       widened: bool = False) -> Tensor:
     """See `product`, with a weight that is not packed; sums in float32, rounded once."""
     out = linear_reference(x.float(), weight.float(), None if bias is None else bias.float())
-    return out if widened else _finished(out.to(x.dtype), finish)
-
-
-def _finished(out: Tensor, finish: Finish) -> Tensor:
     if finish is Finish.PLAIN:
-        return out
-    gate, up = out.chunk(2, dim=-1)
-    gate = silu(gate) if finish is Finish.SILU else gelu(gate, approximate="tanh" if finish is Finish.GELU_TANH else "none")
-    return gate * up
+        return out if widened else out.to(x.dtype)
+    return gated_mul_reference(out.to(x.dtype), finish)
 
 
 def product(x: Tensor, packed: Tensor, shape: WeightShape, bias: Tensor | None = None, finish: Finish = Finish.PLAIN, *,
@@ -137,8 +120,7 @@ def product(x: Tensor, packed: Tensor, shape: WeightShape, bias: Tensor | None =
     if x.stride(-1) != 1:
         x = x.contiguous()
     if finish and shape.out_features // 2 % panel_features():  # the halves have no panels of their own
-        plain = product(x, packed, shape, bias)
-        return silu_mul(plain) if finish is Finish.SILU else _finished(plain, finish)
+        return gated_mul(product(x, packed, shape, bias), finish)
     width = shape.out_features // (2 if finish else 1)
     out = empty((x.shape[0], width), torch.float32 if widened else x.dtype)
     run("kvloom_product", _Product(pointer(x), pointer(packed), pointer(bias), pointer(out), x.shape[0], *shape, x.stride(0), width,

@@ -8,7 +8,7 @@ import torch
 from kvloom.interfaces.model_config import RopeParameters
 from kvloom.layers.rope_scaling import rope_frequencies
 from kvloom.layers.rotary import Rotation, rotate
-from kvloom_kernels.activation import silu_mul, silu_mul_reference
+from kvloom_kernels.activation import Finish, gated_mul, gated_mul_reference, silu_mul, silu_mul_reference
 from kvloom_kernels.attention import cache_shapes, norm_rope_write, side_elements
 from kvloom_kernels.native import problem
 from kvloom_kernels.norm import rms_norm, rms_norm_add, rms_norm_reference
@@ -34,9 +34,12 @@ def test_norms(shape: tuple[int, int], dtype: torch.dtype, tolerance: float) -> 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gated_activation(shape: tuple[int, int], dtype: torch.dtype, tolerance: float) -> None:
-    x = random(shape[0], 2 * shape[1], dtype=dtype) * 10
-    torch.testing.assert_close(silu_mul(x), silu_mul_reference(x), atol=tolerance, rtol=tolerance)
+@pytest.mark.parametrize("finish", [Finish.SILU, Finish.GELU, Finish.GELU_TANH])
+def test_gated_activation(shape: tuple[int, int], dtype: torch.dtype, tolerance: float, finish: Finish) -> None:
+    x = random(shape[0], 2 * shape[1], dtype=dtype) * (10 if finish is Finish.SILU else 1)
+    found = gated_mul(x, finish)
+    torch.testing.assert_close(found, gated_mul_reference(x, finish), atol=5 * tolerance, rtol=tolerance)
+    assert torch.equal(found, torch.cat([gated_mul(row[None], finish) for row in x])), "a row's bits depend on other rows"
 
 
 def test_gated_activation_of_extreme_and_broken_numbers() -> None:

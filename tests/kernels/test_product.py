@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvloom_kernels import scratch
-from kvloom_kernels.linear import Finish, WeightShape, can_pack, lookup, pack, product, product_kind, product_reference, unpack
+from kvloom_kernels.activation import Finish
+from kvloom_kernels.linear import WeightShape, can_pack, lookup, pack, product, product_kind, product_reference, unpack
 from kvloom_kernels.native import problem
 from kvloom_kernels.norm import rms_norm, rms_norm_add
 from kvloom_kernels.plan import Plan, recorded

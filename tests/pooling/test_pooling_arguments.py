@@ -12,6 +12,7 @@ from pooling_helpers import (
     as_reward_model,
     assert_idle,
     close,
+    edit,
     engine,
     hidden_of,
     make,
@@ -23,7 +24,7 @@ from pooling_helpers import (
 from transformers import AutoTokenizer
 
 from kvloom import LLM, PoolingParams, SamplingParams
-from kvloom.errors import RequestTypeError, RequestValidationError, UnsupportedFeatureError
+from kvloom.errors import ConfigError, RequestTypeError, RequestValidationError, UnsupportedFeatureError
 from kvloom.interfaces import Step
 
 QUIET = {"use_tqdm": False}
@@ -264,3 +265,52 @@ def test_score__without_a_tokenizer_says_what_to_call(engines, tmp_path: Path) -
                 bare.score(first, [6], **QUIET)
         (prompt,) = prompts_of(1)
         close(bare.embed([prompt], **QUIET)[0].outputs.embedding, unit(hidden_of(model, prompt)[-1]))
+
+
+@pytest.mark.parametrize("pooling_type", ["ALL", "STEP"])
+@pytest.mark.parametrize("kind", ["ForCausalLM", "ForSequenceClassification"])
+def test_one_row_a_prompt_is_refused_before_anything_is_computed_where_tokens_have_rows(tmp_path: Path, kind: str, pooling_type: str) -> None:
+    labels = kind == "ForSequenceClassification"
+    make(tmp_path, kind=kind, num_labels=1)
+    write_tokenizer(tmp_path)
+    with engine(tmp_path, task="classify" if labels else "embed", skip_tokenizer_init=False, override_pooler_config={"pooling_type": pooling_type}) as llm:
+        for method, arguments in (("classify" if labels else "embed", ([[5, 6]],)), ("score", ("w5", "w6"))):
+            with recorded_steps(llm) as steps, pytest.raises(RequestValidationError, match=f"one row a prompt.*pools with {pooling_type}.*call encode"):
+                getattr(llm, method)(*arguments, on_error="return", **QUIET)
+            assert steps == []
+        assert llm.encode([[5, 6]], **QUIET)[0].outputs.data.shape[0] == 2
+
+
+def test_columns_that_multiply_a_result_are_refused(tmp_path: Path) -> None:
+    make(tmp_path, kind="ForSequenceClassification", num_labels=3)
+    with engine(tmp_path) as llm, pytest.raises(RequestValidationError, match="has 1000000 columns, the label head has 3"):
+        llm.encode([[5, 6]], PoolingParams(returned_token_ids=[0] * 10**6), **QUIET)
+
+
+@pytest.mark.parametrize(("config", "message"), [
+    ({"pooling_type": "STEP", "step_tag_id": 10**6}, "out of vocabulary"), ({"pooling_type": "LAST", "step_tag_id": 9}, "step_tag_id belongs to pooling type STEP"),
+    ({"step_tag_id": 9}, "step_tag_id belongs to pooling type STEP"),
+])
+def test_pooler_step_tag_id__that_no_prompt_can_have_is_refused_when_the_engine_is_made(tmp_path: Path, config: dict, message: str) -> None:
+    make(tmp_path, kind="ForSequenceClassification", num_labels=3)
+    with pytest.raises(ConfigError, match=f"override_pooler_config: .*{message}"):
+        engine(tmp_path, override_pooler_config=config)
+
+
+@pytest.mark.parametrize(("labels", "problem", "activate"), [
+    (3, "regression", lambda x: x), (1, "regression", lambda x: x), (3, "multi_label_classification", torch.sigmoid), (3, None, lambda x: x.softmax(-1)),
+    (3, "single_label_classification", lambda x: x.softmax(-1)), (1, "single_label_classification", torch.sigmoid), (1, None, torch.sigmoid),
+])
+def test_scores_of_labels_are_activated_as_the_checkpoint_was_trained(tmp_path: Path, labels: int, problem: str | None, activate: Callable) -> None:
+    theirs = make(tmp_path, kind="ForSequenceClassification", num_labels=labels)
+    edit(tmp_path, problem_type=problem)
+    with engine(tmp_path) as llm, torch.no_grad():
+        (prompt,) = prompts_of(1)
+        close(llm.classify([prompt], **QUIET)[0].outputs.probs, activate(theirs(torch.tensor([prompt])).logits[0]))
+
+
+def test_a_problem_type_that_is_none_is_refused(tmp_path: Path) -> None:
+    make(tmp_path, kind="ForSequenceClassification", num_labels=3)
+    edit(tmp_path, problem_type="ranking")
+    with pytest.raises(UnsupportedFeatureError, match="problem_type of config.json='ranking'.*multi_label_classification"):
+        engine(tmp_path)

@@ -20,6 +20,10 @@ MODELS: Mapping[str, str] = {
     "reward": "...ForRewardModel, ...ForProcessRewardModel",
 }
 """Task -> the models that have it, and how their architectures are called."""
+PROBLEM_ACTIVATIONS: Mapping[str, str] = {
+    "regression": "identity", "single_label_classification": "softmax", "multi_label_classification": "sigmoid",
+}
+"""``problem_type`` of config.json, what the labels were trained as, -> activation of their scores."""
 LABEL_ACTIVATIONS: Mapping[str, str] = {"Sigmoid": "sigmoid", "Identity": "identity", "Softmax": "softmax"}
 """Last part of the class path that a cross-encoder's config.json may name."""
 
@@ -141,8 +145,7 @@ def plan_pooling(task: str, config: PoolerConfig | None, modules: SentenceModule
 
 
 def _activation(raw: Mapping[str, Any], num_labels: int | None) -> str:
-    """Of label scores, as cross-encoders' config.json may name it; else sigmoid where labels do not exclude each other, or where
-    there is only one."""
+    """Of label scores, as cross-encoders' config.json may name it; else as they were trained; else sigmoid of one, softmax of more."""
     newer = raw.get("sentence_transformers")
     named = raw.get("sbert_ce_default_activation_function") or (newer.get("activation_fn") if isinstance(newer, Mapping) else None)
     if named is not None:
@@ -150,7 +153,12 @@ def _activation(raw: Mapping[str, Any], num_labels: int | None) -> str:
         if kind not in LABEL_ACTIVATIONS:
             raise UnsupportedFeatureError("activation of the cross-encoder", kind, f"it may be {', '.join(LABEL_ACTIVATIONS)}")
         return LABEL_ACTIVATIONS[kind]
-    return "sigmoid" if num_labels == 1 or raw.get("problem_type") == "multi_label_classification" else "softmax"
+    problem = raw.get("problem_type")
+    if problem is None or num_labels is None:
+        return "sigmoid" if num_labels == 1 else "softmax"
+    if problem not in PROBLEM_ACTIVATIONS:
+        raise UnsupportedFeatureError("problem_type of config.json", problem, f"it may be {', '.join(PROBLEM_ACTIVATIONS)}")
+    return "sigmoid" if num_labels == 1 and problem == "single_label_classification" else PROBLEM_ACTIVATIONS[problem]
 
 
 def _dimensions(raw: Mapping[str, Any], size: int) -> tuple[int, ...] | None:

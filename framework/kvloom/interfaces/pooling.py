@@ -25,6 +25,9 @@ class Pooler(ABC):
     needs: ClassVar[Literal["last", "all"]] = "all"
     """"all" wants every position's hidden state: such a request does not read the prefix cache. "last" wants the last one's."""
 
+    gives_rows: ClassVar[bool] = False
+    """Whether the result has rows of its own for tokens, which embed, classify and score refuse before anything is computed."""
+
     @abstractmethod
     def start(self, params: PoolingParams, token_ids: Sequence[int]) -> Any:
         """State of one sequence before its first chunk. Raises `RequestValidationError` for parameters it cannot serve.

@@ -1,5 +1,6 @@
 // What every kernel shares: 16-lane vectors (GCC's portable ones: AVX-512, AVX2 or NEON, as -march says), bfloat16, exp.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #ifdef __AVX512F__
@@ -140,4 +141,15 @@ inline f32x16 reciprocal(f32x16 x) {
 inline f32x16 silu(f32x16 x) {
     f32x16 share = reciprocal(1.0f + exponential(x < -88.0f ? splat(88.0f) : -x));
     return x * (x < -88.0f ? f32x16{} : share);
+}
+
+// What a gated activation does to the gate. Numbers as in activation.py.
+enum Finish : int64_t { PLAIN = 0, SILU = 1, GELU = 2, GELU_TANH = 3 };
+
+inline f32x16 activated(f32x16 x, int64_t finish) {
+    if (finish == SILU) return silu(x);
+    for (int i = 0; i < LANES; i++)
+        x[i] = finish == GELU ? 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.70710678f))
+                              : 0.5f * x[i] * (1.0f + std::tanh(0.79788456f * (x[i] + 0.044715f * x[i] * x[i] * x[i])));
+    return x;
 }

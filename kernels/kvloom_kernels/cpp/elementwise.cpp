@@ -45,15 +45,15 @@ template <class T> void norm(const Norm& n, const Team& team) {
 struct Gated {
     const void* gate_up;
     void* out;
-    int64_t rows, width, is_bf16;
+    int64_t rows, width, is_bf16, finish;
 };
 
-template <class T> void silu_mul(const Gated& g, const Team& team) {
+template <class T> void gated_mul(const Gated& g, const Team& team) {
     for (int64_t r = team.first(g.rows); r < team.last(g.rows); r++) {
         const T *gate = (const T*)g.gate_up + 2 * r * g.width, *up = gate + g.width;
         for (int64_t i = 0; i < g.width; i += LANES) {
             int left = int(g.width - i);
-            store_n<T>((T*)g.out + r * g.width + i, rounded<T>(silu(load_n<T>(gate + i, left))) * load_n<T>(up + i, left), left);
+            store_n<T>((T*)g.out + r * g.width + i, rounded<T>(activated(load_n<T>(gate + i, left), g.finish)) * load_n<T>(up + i, left), left);
         }
     }
 }
@@ -117,9 +117,9 @@ extern "C" void kvloom_rms_norm(const void* arguments, const Team& team) {
 }
 
 // gate_up [rows, 2 * width] -> silu(gate) * up [rows, width].
-extern "C" void kvloom_silu_mul(const void* arguments, const Team& team) {
+extern "C" void kvloom_gated_mul(const void* arguments, const Team& team) {
     const Gated& g = *(const Gated*)arguments;
-    g.is_bf16 ? silu_mul<bf16>(g, team) : silu_mul<float>(g, team);
+    g.is_bf16 ? gated_mul<bf16>(g, team) : gated_mul<float>(g, team);
 }
 
 // Per-head norms (weights or null), rotation in place on q [T, heads, dim] and k [T, kv_heads, dim], then k and v to their slots, in

@@ -211,16 +211,6 @@ private:
 };
 #endif
 
-enum Finish : int64_t { PLAIN = 0, SILU = 1, GELU = 2, GELU_TANH = 3 };
-
-inline f32x16 activated(f32x16 x, int64_t finish) {
-    if (finish == SILU) return silu(x);
-    for (int i = 0; i < LANES; i++)
-        x[i] = finish == GELU ? 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.70710678f))
-                              : 0.5f * x[i] * (1.0f + std::tanh(0.79788456f * (x[i] + 0.044715f * x[i] * x[i] * x[i])));
-    return x;
-}
-
 struct Product {
     const void *x, *weight, *bias;
     void* out;

@@ -14,6 +14,8 @@ from kvloom.params import PoolingParams
 class EveryTokenPooler(Pooler):
     """The state is the rows so far, chunk by chunk."""
 
+    gives_rows = True
+
     def start(self, params: PoolingParams, token_ids: Sequence[int]) -> tuple[Tensor, ...]:
         """See `Pooler.start`."""
         return ()

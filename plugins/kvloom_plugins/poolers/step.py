@@ -23,6 +23,8 @@ class Steps(NamedTuple):
 class StepPooler(Pooler):
     """Rows of the tokens `PoolingParams.step_tag_id`."""
 
+    gives_rows = True
+
     def start(self, params: PoolingParams, token_ids: Sequence[int]) -> Steps:
         """See `Pooler.start`. Raises `RequestValidationError` for a prompt without the tag."""
         ids, tag = torch.tensor(token_ids), params.step_tag_id
