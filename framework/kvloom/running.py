@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from weakref import finalize
 
 from kvloom.config import EngineConfig
 from kvloom.core import Engine, Request, RequestSpec
@@ -69,6 +70,7 @@ class RunningEngine(Upkeep):
         self._live: dict[int, tuple[LiveRequest, LiveSequence]] = {}
         self.numbers = RequestCounter()
         self._decoders: dict[str, NamedDecoder] = {}
+        finalize(self, executor.close).atexit = False  # an engine that is dropped without close() gives its memory back at once too
 
     @property
     def model_name(self) -> str:
