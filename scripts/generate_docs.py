@@ -23,10 +23,11 @@ from typing import Any
 import kvloom.errors
 from kvloom.beam_outputs import BeamSearchOutput, BeamSearchSequence
 from kvloom.config import OTHER_ARGS, RENAMED, SECTIONS, TASK_ARGS, NoEffect, Unsupported
-from kvloom.config.compat import OTHER_METHODS
+from kvloom.config.compat import OTHER_ENGINE_ATTRIBUTES, OTHER_METHODS
 from kvloom.config.pooler import PoolerConfig
 from kvloom.errors import RequestError, UnsupportedFeatureError
 from kvloom.llm import LLM
+from kvloom.other_arguments import OTHER_ARGUMENTS
 from kvloom.outputs import CompletionOutput, Logprob, RequestOutput
 from kvloom.params import BeamSearchParams, PoolingParams, SamplingParams
 from kvloom.pooling_calls import PoolingCalls
@@ -110,9 +111,14 @@ def methods() -> str:
 
 
 def other_methods() -> str:
-    """Methods of other versions of vLLM."""
-    rows = ["| method | instead | test |", "|---|---|---|"]
+    """Methods of other versions of vLLM, attributes of its engine, and arguments of methods that are here."""
+    rows = ["| method, attribute or argument | instead | test |", "|---|---|---|"]
     rows += [f"| `{name}` | {_cell(instead)} | {_test('methods_of_other_versions')} |" for name, instead in OTHER_METHODS.items()]
+    rows += [f"| `llm_engine.{name}` | {_cell(instead)} | {_test('llm_engine_of_other_versions')} |"
+             for name, instead in OTHER_ENGINE_ATTRIBUTES.items()]
+    test = _test("arguments_of_other_versions")
+    rows += [f"| `{method}` `{name}` | only `{field.default!r}` is taken; {_cell(field.instead)} | {test} |"
+             for method, other in OTHER_ARGUMENTS.items() for name, field in other.items()]
     return "\n".join(rows)
 
 

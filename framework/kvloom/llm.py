@@ -19,6 +19,7 @@ from kvloom.decoding import Decoding
 from kvloom.errors import EngineClosedError, RequestValidationError
 from kvloom.interfaces import GrammarProblem
 from kvloom.maintenance import Maintenance
+from kvloom.other_arguments import refuses_arguments
 from kvloom.other_versions import OtherVersions
 from kvloom.outputs import RequestOutput
 from kvloom.param_checks import check_int
@@ -49,6 +50,7 @@ def _warn_positional(init: Callable[P, None]) -> Callable[P, None]:
     return wrapper
 
 
+@refuses_arguments
 class LLM(PoolingCalls, Maintenance, OtherVersions):
     """A model, its tokenizer and its KV cache, ready to generate. Parameter names and meanings are vLLM's; docs/api.md lists
     each with its state. Every keyword of docs/api.md is taken, unknown ones are a TypeError.
@@ -297,7 +299,7 @@ class LLM(PoolingCalls, Maintenance, OtherVersions):
         """Copies that ask for what `guided_options_request` does."""
         if self.DEPRECATE_LEGACY:
             warnings.warn("guided_options_request is deprecated: use SamplingParams(structured_outputs=...)", DeprecationWarning,
-                          stacklevel=3)
+                          stacklevel=4)
         asked = from_legacy(request)
         if any(p.structure is not None for p in params):
             raise RequestValidationError("Cannot set both guided_options_request and sampling_params.guided_decoding (or "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvloom.errors import RequestTypeError, RequestValidationError, UnsupportedFeatureError, shown
 from kvloom.interfaces import Worker
+from kvloom.other_arguments import refuses_arguments
 from kvloom.param_checks import check_int, check_number
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ DEVICE = "cpu"
 """The only kind of device so far."""
 
 
+@refuses_arguments
 class Maintenance(ABC):
     """A base of `LLM`."""
 

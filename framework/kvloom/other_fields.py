@@ -12,6 +12,7 @@ from kvloom.errors import UnsupportedFeatureError
 from kvloom.near import did_you_mean
 
 C = TypeVar("C", bound=type)
+R = TypeVar("R")
 
 
 class OtherField(NamedTuple):
@@ -58,28 +59,38 @@ BEAMS: Mapping[str, OtherField] = MappingProxyType({
 
 
 def refuses(other: Mapping[str, OtherField]) -> Callable[[C], C]:
-    """Decorates a class of parameters: names that it does not have raise `UnsupportedFeatureError` if `other` has them, unless they
-    come with their default, else `TypeError` with the near name."""
+    """Decorates a class of parameters, whose constructor is then `guarded`."""
 
     def decorate(cls: C) -> C:
-        construct = cls.__init__  # type: ignore[misc]
-        known = frozenset(inspect.signature(construct).parameters) - {"self"}
-
-        @functools.wraps(construct)
-        def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-            if not kwargs.keys() <= known:
-                kwargs = {name: value for name, value in kwargs.items() if name in known or _refuse(type(self), name, value)}
-            construct(self, *args, **kwargs)
-
-        def _refuse(owner: type, name: str, value: Any) -> bool:
-            field = other.get(name)
-            if field is None:
-                raise TypeError(f"{owner.__name__}() got an unexpected keyword argument {name!r}{did_you_mean(name, known)}")
-            if value is not field.default and (type(value) is not type(field.default) or value != field.default):
-                raise UnsupportedFeatureError(f"{owner.__name__}.{name}", value, field.instead)
-            return False
-
-        cls.__init__ = checked  # type: ignore[misc]
+        cls.__init__ = guarded(cls.__init__, None, other)  # type: ignore[misc]
         return cls
 
     return decorate
+
+
+def guarded(call: Callable[..., R], what: str | None, other: Mapping[str, OtherField]) -> Callable[..., R]:
+    """`call`, but names that it does not have raise `UnsupportedFeatureError` if `other` has them, unless they come with their default,
+    else `TypeError` with the near name.
+
+    Args:
+        what: is called, for messages; None: the class of the first argument.
+    """
+    parameters = inspect.signature(call).parameters
+    known = frozenset(parameters) - {"self"}
+    by_keyword = [name for name in known if parameters[name].kind is not inspect.Parameter.POSITIONAL_ONLY]
+
+    @functools.wraps(call)
+    def checked(*args: Any, **kwargs: Any) -> R:
+        if not kwargs.keys() <= known:
+            kwargs = {name: value for name, value in kwargs.items() if name in known or refuse(what or type(args[0]).__name__, name, value)}
+        return call(*args, **kwargs)
+
+    def refuse(what: str, name: str, value: Any) -> bool:
+        field = other.get(name)
+        if field is None:
+            raise TypeError(f"{what}() got an unexpected keyword argument {name!r}{did_you_mean(name, by_keyword)}")
+        if value is not field.default and (type(value) is not type(field.default) or value != field.default):
+            raise UnsupportedFeatureError(f"{what}.{name}", value, field.instead)
+        return False
+
+    return checked

@@ -5,13 +5,24 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from kvloom.config.compat import OTHER_METHODS
+from kvloom.config.compat import OTHER_ENGINE_ATTRIBUTES, OTHER_METHODS
 from kvloom.errors import EngineClosedError, KvloomError, UnsupportedMethodError
 from kvloom.params import SamplingParams
 from kvloom.request_counter import RequestCounter
 
 if TYPE_CHECKING:
     from kvloom.running import RunningEngine
+
+
+class OtherEngineVersions:
+    """Base of `RunningEngine`."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Only asked for what is not there. Raises `UnsupportedMethodError` for what the engine of another version of vLLM has."""
+        instead = OTHER_ENGINE_ATTRIBUTES.get(name)
+        if instead is not None:
+            raise UnsupportedMethodError(f"llm_engine.{name} is not supported; {instead}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 class OtherVersions:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 
 from kvloom.calls import run
 from kvloom.errors import RequestTypeError, RequestValidationError
+from kvloom.other_arguments import refuses_arguments
 from kvloom.params import PoolingParams
 from kvloom.pooling_outputs import (
     ClassificationRequestOutput,
@@ -31,6 +32,7 @@ Tokenization = Mapping[str, Any] | None
 Wanted = TypeVar("Wanted", EmbeddingRequestOutput, ClassificationRequestOutput, ScoringRequestOutput)
 
 
+@refuses_arguments
 class PoolingCalls:
     """Mixed into `LLM`. The methods share these arguments.
 
@@ -237,5 +239,5 @@ def prompts_of(prompts: Any, prompt_token_ids: Any, *, warn: bool) -> list[Any]:
         return split_prompts(prompts)
     if warn:
         warnings.warn("prompt_token_ids is deprecated: give [{'prompt_token_ids': [...]}, ...] as prompts", DeprecationWarning,
-                      stacklevel=3)
+                      stacklevel=4)
     return legacy_prompts(None if prompts is NOT_GIVEN else prompts, prompt_token_ids)

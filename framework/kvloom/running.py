@@ -28,6 +28,7 @@ from kvloom.interfaces import Executor, Tokenizer
 from kvloom.interrupts import held
 from kvloom.live_request import Call, LiveRequest, LiveSequence, MakeOutput, OnText, Params
 from kvloom.logs import get_logger
+from kvloom.other_versions import OtherEngineVersions
 from kvloom.params import SamplingParams
 from kvloom.prompts import ParsedPrompt, parse_prompt
 from kvloom.request_counter import RequestCounter
@@ -47,7 +48,7 @@ REFUSALS = (RequestError, UnsupportedFeatureError)
 """What a bad request raises."""
 
 
-class RunningEngine(Upkeep):
+class RunningEngine(Upkeep, OtherEngineVersions):
     """Owns the parts of an engine. Several calls may be under way, in one thread or in several, which take turns step by step.
 
     Args:

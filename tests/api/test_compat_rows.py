@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 
 from kvloom import LLM, SamplingParams
-from kvloom.config.compat import OTHER_METHODS
+from kvloom.config.compat import OTHER_ENGINE_ATTRIBUTES, OTHER_METHODS
 from kvloom.errors import EngineClosedError, RequestTypeError, RequestValidationError, UnsupportedFeatureError, UnsupportedMethodError
+from kvloom.other_arguments import OTHER_ARGUMENTS
 from kvloom.running import RunningEngine
 from kvloom.testing.checkpoints import BOS
 
@@ -98,6 +100,45 @@ def test_methods_of_other_versions__and_unknown_names_differ(llm: LLM) -> None:
     with pytest.raises(AttributeError, match="'LLM' object has no attribute 'generatee'"):
         getattr(llm, "generatee")  # noqa: B009  (mypy knows that it is not there)
     assert not [name for name in OTHER_METHODS if name in vars(LLM)]
+
+
+@pytest.mark.parametrize("name", OTHER_ENGINE_ATTRIBUTES)
+def test_llm_engine_of_other_versions__says_what_to_use_here(llm: LLM, name: str) -> None:
+    with pytest.raises(UnsupportedMethodError, match=f"llm_engine.{name} is not supported; ") as caught:
+        getattr(llm.llm_engine, name)
+    assert OTHER_ENGINE_ATTRIBUTES[name] in str(caught.value)
+    assert name not in dir(RunningEngine)
+    with pytest.raises(AttributeError, match="'RunningEngine' object has no attribute 'stepp'"):
+        getattr(llm.llm_engine, "stepp")  # noqa: B009  (mypy knows that it is not there)
+
+
+PAIRS = [(method, name) for method, other in OTHER_ARGUMENTS.items() for name in other]
+ARGUMENTS: dict[str, tuple] = {"score": ("a", "b"), "beam_search": ("a", None), "set_tokenizer": (None,),
+                               **dict.fromkeys(("generate", "generate_iter", "chat", "encode", "embed", "classify", "reward"), ("a",))}
+
+
+@pytest.mark.parametrize(("method", "name"), PAIRS)
+def test_arguments_of_other_versions__are_refused_with_what_to_do(llm: LLM, method: str, name: str) -> None:
+    assert name not in inspect.signature(getattr(llm, method)).parameters
+    with pytest.raises(UnsupportedFeatureError) as caught:
+        getattr(llm, method)(*ARGUMENTS.get(method, ()), **{name: "something"})
+    assert f"LLM.{method}.{name}='something'" in str(caught.value)
+    assert OTHER_ARGUMENTS[method][name].instead in str(caught.value)
+
+
+def test_arguments_of_other_versions__with_their_defaults_are_taken(llm: LLM) -> None:
+    assert llm.reset_prefix_cache(reset_running_requests=False, reset_connector=False) is True
+    assert len(llm.generate("a", ONE, use_tqdm=False, mm_processor_kwargs=None)) == 1
+
+
+@pytest.mark.parametrize("method", OTHER_ARGUMENTS)
+def test_arguments_of_other_versions__and_misspelt_ones_differ(llm: LLM, method: str) -> None:
+    parameters = inspect.signature(getattr(llm, method)).parameters.values()
+    names = [p.name for p in parameters if p.kind is not inspect.Parameter.POSITIONAL_ONLY and len(p.name) > 6]
+    wrong = f"{names[0][:-2]}{names[0][-1]}{names[0][-2]}" if names else "nonsense"
+    message = rf"LLM\.{method}\(\) got an unexpected keyword argument '{wrong}'" + (f"; did you mean '{names[0]}'" if names else "")
+    with pytest.raises(TypeError, match=message):
+        getattr(llm, method)(**{wrong: 1})
 
 
 def test_llm_engine__and_engine_class_are_the_running_engine(llm: LLM, small_checkpoint: Path) -> None:

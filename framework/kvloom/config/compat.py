@@ -169,3 +169,26 @@ OTHER_METHODS: Mapping[str, str] = MappingProxyType({
                      "get_weight_version"), "change weights with apply_model, and call reset_prefix_cache"),
 })
 """Methods of other versions of vLLM's LLM -> what to use here."""
+
+_CONFIG = "use llm.llm_engine.config, whose sections are model, cache, scheduler, device, features and plugins"
+_CALLS = "use LLM.generate, or LLM.generate_iter, which yields outputs as they finish"
+_WORKERS = "use LLM.collective_rpc or LLM.apply_model"
+_ADAPTERS = "there are no adapters so far"
+
+OTHER_ENGINE_ATTRIBUTES: Mapping[str, str] = MappingProxyType({
+    "model_config": "use llm.llm_engine.config.model; the longest sequence is llm.llm_engine.rules.max_model_len",
+    "get_model_config": "use llm.llm_engine.config.model; the longest sequence is llm.llm_engine.rules.max_model_len",
+    **dict.fromkeys(("vllm_config", "get_vllm_config", "cache_config", "scheduler_config", "parallel_config", "device_config",
+                     "load_config", "lora_config", "observability_config", "decoding_config", "structured_outputs_config"), _CONFIG),
+    **dict.fromkeys(("get_tokenizer", "get_tokenizer_group", "init_tokenizer"), "use LLM.get_tokenizer()"),
+    **dict.fromkeys(("add_request", "get_num_unfinished_requests"), _CALLS),
+    "has_unfinished_requests": "use llm.llm_engine.has_work",
+    "abort_request": "leave the loop over LLM.generate_iter, which forgets the requests under way",
+    **dict.fromkeys(("model_executor", "driver_worker", "engine_core", "collective_rpc", "apply_model"), _WORKERS),
+    **dict.fromkeys(("get_metrics", "do_log_stats", "stat_loggers"), "use llm.llm_engine.stats(), or the hook kvloom_step_finished"),
+    **dict.fromkeys(("add_lora", "remove_lora", "list_loras", "pin_lora"), _ADAPTERS),
+    "is_sleeping": "use llm.llm_engine.sleeper.state",
+    "shutdown": "use LLM.close()",
+    **dict.fromkeys(("from_engine_args", "from_vllm_config"), "use LLM(...)"),
+})
+"""What scripts use of ``llm.llm_engine`` of vLLM -> what to use here."""
