@@ -63,6 +63,7 @@ class LLM(PoolingCalls, Maintenance, OtherVersions):
 
     DEPRECATE_LEGACY: ClassVar[bool] = True
     DEPRECATE_INIT_POSARGS: ClassVar[bool] = True
+    _engine: RunningEngine | None = None
 
     @_warn_positional
     def __init__(
@@ -117,13 +118,13 @@ class LLM(PoolingCalls, Maintenance, OtherVersions):
         timer = PhaseTimer()
         with timer.phase("configuration"):
             config = configure()
-        self._engine: RunningEngine | None = start_engine(config, timer)
+        self._engine = start_engine(config, timer)
 
     @property
     def llm_engine(self) -> RunningEngine:
         """The running engine: its scheduler, tokenizer, plan and start report."""
         if self._engine is None:
-            raise EngineClosedError("this LLM was closed; make a new one")
+            raise EngineClosedError("this LLM was closed, or did not start; make a new one")
         return self._engine
 
     def generate(

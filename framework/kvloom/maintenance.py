@@ -139,13 +139,14 @@ class Maintenance(ABC):
     # -- profiles
 
     def start_profile(self, profile_prefix: str | None = None) -> None:
-        """Record what steps do with torch's profiler, until `stop_profile`.
+        """Record what steps of this thread do with torch's profiler, until `stop_profile`.
 
         Args:
             profile_prefix: what the files' names begin with.
 
         Raises:
-            EngineStateError: without ``profile_dir=...``, or when it was started already.
+            EngineStateError: without ``profile_dir=...``, or when it was started already, here or by somebody else.
+            ConfigError: the folder cannot be made.
         """
         if profile_prefix is not None and not isinstance(profile_prefix, str):
             raise RequestTypeError(f"profile_prefix must be text, got {shown(profile_prefix)}", "profile_prefix", profile_prefix)
@@ -155,7 +156,8 @@ class Maintenance(ABC):
         """Write the traces: one Chrome trace file a worker; their paths.
 
         Raises:
-            EngineStateError: it was not started.
+            EngineStateError: it was not started, or in another thread.
+            ConfigError: a file cannot be written.
         """
         return self.llm_engine.stop_profile()
 

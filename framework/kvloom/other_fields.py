@@ -82,7 +82,8 @@ def guarded(call: Callable[..., R], what: str | None, other: Mapping[str, OtherF
     @functools.wraps(call)
     def checked(*args: Any, **kwargs: Any) -> R:
         if not kwargs.keys() <= known:
-            kwargs = {name: value for name, value in kwargs.items() if name in known or refuse(what or type(args[0]).__name__, name, value)}
+            label = what or type(args[0]).__name__
+            kwargs = {name: value for name, value in kwargs.items() if name in known or refuse(label, name, value)}
         return call(*args, **kwargs)
 
     def refuse(what: str, name: str, value: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from kvloom.config.compat import OTHER_ENGINE_ATTRIBUTES, OTHER_METHODS
 from kvloom.errors import EngineClosedError, KvloomError, UnsupportedMethodError
@@ -67,6 +67,10 @@ class OtherVersions:
         if instead is not None:
             raise UnsupportedMethodError(f"LLM.{name} is not supported; {instead}")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __reduce__(self) -> NoReturn:
+        """For pickle and copy: an engine is one object in one process. Raises TypeError."""
+        raise TypeError(f"{type(self).__name__} cannot be copied or pickled: make one in each process that needs it")
 
     def get_world_size(self) -> int:
         """How many workers there are."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from lifecycle_helpers import GREEDY, PROMPTS, engine, tokens
 
 from kvloom import LLM
-from kvloom.errors import ConfigError
+from kvloom.errors import ConfigError, EngineClosedError
 
 
 @pytest.fixture
@@ -66,4 +68,28 @@ def test_a_start_that_fails_late_leaves_no_weights_and_can_be_tried_again(small_
     assert held
     assert [one() for one in held if one() is not None] == []
     with engine(small_checkpoint) as llm:
+        assert len(tokens(llm)) == len(PROMPTS)
+
+
+class Hasty(LLM):
+    """Uses itself before it is made."""
+
+    def __init__(self, model: str) -> None:
+        with pytest.raises(EngineClosedError, match="did not start"):
+            self.generate("a")
+        assert repr(self) == "Hasty(closed)"
+        self.close()
+        super().__init__(model)
+
+
+def test_an_engine_that_has_not_started_says_so(small_checkpoint: Path) -> None:
+    with Hasty(str(small_checkpoint)) as llm:
+        assert len(tokens(llm)) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_an_engine_cannot_be_in_two_places(small_checkpoint: Path, how: Callable[[LLM], object]) -> None:
+    with engine(small_checkpoint) as llm:
+        with pytest.raises(TypeError, match="make one in each process"):
+            how(llm)
         assert len(tokens(llm)) == len(PROMPTS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +12,6 @@ from lifecycle_helpers import GREEDY, engine, tokens
 
 from kvloom import LLM, SamplingParams, StructuredOutputsParams
 from kvloom.errors import (
-    ConfigError,
     EngineClosedError,
     EngineStateError,
     RequestFailedError,
@@ -249,74 +247,6 @@ def test_reset_prefix_cache__forgets_and_says_whether_it_could(llm: LLM) -> None
     assert len(list(running)) == 1
     with pytest.raises(UnsupportedFeatureError, match="this engine's blocks are on 'cpu'"):
         llm.reset_prefix_cache(device="gpu")
-
-
-# -- profiles
-
-def events(file: str) -> list[str]:
-    return [e.get("name", "") for e in json.loads(gzip.decompress(Path(file).read_bytes()))["traceEvents"]]
-
-
-def test_start_profile__records_steps_until_stop_profile(small_checkpoint: Path, tmp_path: Path) -> None:
-    with engine(small_checkpoint, profile_dir=str(tmp_path / "new/traces")) as llm:
-        tokens(llm)
-        assert not (tmp_path / "new").exists()
-        llm.start_profile("mine-")
-        steps = llm.llm_engine.engine.scheduler._next_step_id
-        assert len(tokens(llm)) == 3
-        (file,) = llm.stop_profile()
-        assert Path(file).parent == tmp_path / "new/traces"
-        assert Path(file).name.startswith("mine-rank0-")
-        names = events(file)
-        assert f"step {steps}" in names
-        assert any(name.startswith("aten::") for name in names)
-        llm.start_profile()
-        (second,) = llm.stop_profile()
-        assert second != file
-        assert not any(name.startswith("step ") for name in events(second))
-
-
-def test_stop_profile__without_a_start_and_a_second_start_are_refused(small_checkpoint: Path, tmp_path: Path) -> None:
-    with engine(small_checkpoint, profile_dir=str(tmp_path)) as llm:
-        with pytest.raises(EngineStateError, match="was not started"):
-            llm.stop_profile()
-        llm.start_profile()
-        with pytest.raises(EngineStateError, match="was started already"):
-            llm.start_profile()
-        assert len(llm.stop_profile()) == 1
-        with pytest.raises(EngineStateError, match="was not started"):
-            llm.stop_profile()
-        llm.start_profile()
-    assert len(list(tmp_path.iterdir())) == 1, "what is being recorded when the engine closes is forgotten"
-
-
-def test_start_profile__is_refused_while_another_engine_records(small_checkpoint: Path, tmp_path: Path) -> None:
-    with engine(small_checkpoint, profile_dir=str(tmp_path)) as llm, engine(small_checkpoint, profile_dir=str(tmp_path)) as other:
-        llm.start_profile()
-        with pytest.raises(EngineStateError, match="another engine of this process"):
-            other.start_profile()
-        llm.close()
-        other.start_profile()
-        assert len(other.stop_profile()) == 1
-
-
-@pytest.mark.parametrize(("prefix", "error"), [("../x", RequestValidationError), ("a" * 65, RequestValidationError), (5, RequestTypeError)])
-def test_start_profile__refuses_prefixes_that_are_no_part_of_a_name(small_checkpoint: Path, tmp_path: Path, prefix: object,
-                                                                    error: type[Exception]) -> None:
-    with engine(small_checkpoint, profile_dir=str(tmp_path)) as llm:
-        with pytest.raises(error, match="profile_prefix"):
-            llm.start_profile(prefix)
-        llm.start_profile()
-
-
-def test_profile_dir__is_where_traces_go_and_is_needed_for_them(small_checkpoint: Path, tmp_path: Path) -> None:
-    with engine(small_checkpoint) as llm, pytest.raises(EngineStateError, match="profile_dir="):
-        llm.start_profile()
-    (tmp_path / "file").write_text("")
-    with engine(small_checkpoint, profile_dir=str(tmp_path / "file/traces")) as llm:
-        with pytest.raises(ConfigError, match="profile_dir=.*cannot be made"):
-            llm.start_profile()
-        assert len(tokens(llm)) == 3
 
 
 def test_what_a_step_calls_cannot_put_the_engine_to_sleep(llm: LLM) -> None:
