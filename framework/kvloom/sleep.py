@@ -22,6 +22,7 @@ from enum import Enum
 
 from kvloom.errors import EngineStateError, RequestTypeError, RequestValidationError, shown
 from kvloom.interfaces import Executor
+from kvloom.interrupts import held
 from kvloom.logs import get_logger
 
 PARTS = ("weights", "kv_cache")
@@ -64,7 +65,7 @@ class Sleeper:
     def check_awake(self) -> None:
         """Raises `EngineStateError` unless it is awake."""
         if self._has_failed:
-            raise EngineStateError("a wake-up failed and could not be undone; close this engine and make a new one")
+            raise EngineStateError("going to sleep or waking up failed and could not be undone; close this engine and make a new one")
         if self._asleep:
             raise EngineStateError(f"the engine sleeps at level {self._level}: {' and '.join(sorted(self._asleep))}; call wake_up()")
 
@@ -78,12 +79,13 @@ class Sleeper:
             get_logger().warning("sleep() changes nothing", state=self.state.value, level=self._level, asked_for=level)
             return
         self._before_bytes = self._measure()
-        try:
-            self._executor.sleep(level)
-        except BaseException:
-            self._has_failed = True
-            raise
-        self._asleep, self._level = frozenset(PARTS), level
+        with held():  # it takes no time, and what is half asleep is good for nothing
+            try:
+                self._executor.sleep(level)
+            except BaseException:
+                self._has_failed = True
+                raise
+            self._asleep, self._level = frozenset(PARTS), level
         self._asleep_bytes = self._measure()
         get_logger().info("asleep", level=level, before_bytes=self._before_bytes, asleep_bytes=self._asleep_bytes)
 
@@ -95,7 +97,7 @@ class Sleeper:
 
         Raises:
             RequestTypeError, RequestValidationError: no list of parts.
-            EngineStateError: an earlier wake-up failed and could not be undone.
+            EngineStateError: going to sleep or waking up failed before and could not be undone.
             Exception: what the workers raise, such as `MemoryPlanError`; what was asleep before is asleep again.
         """
         wanted = _checked(tags)
@@ -119,12 +121,13 @@ class Sleeper:
 
     def _roll_back(self) -> None:
         """Everything sleeps again after a wake-up that raised; a part that was awake before too, since nothing runs without both."""
-        try:
-            self._executor.sleep(self._level)
-        except BaseException:
-            self._has_failed = True
-            raise
-        self._asleep = frozenset(PARTS)
+        with held():
+            try:
+                self._executor.sleep(self._level)
+            except BaseException:
+                self._has_failed = True
+                raise
+            self._asleep = frozenset(PARTS)
 
 
 def _checked(tags: Iterable[str] | None) -> frozenset[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from kvloom.errors import (
 )
 from kvloom.runtime import worker
 from kvloom.runtime.host_memory import DeviceMemory
+from kvloom.runtime.worker import DeviceWorker
 from kvloom.sleep import Sleeper, SleepState
 from kvloom.testing.checkpoints import make_checkpoint
 
@@ -237,3 +239,38 @@ def test_sleep__gives_back_the_cache_at_level_1_and_the_weights_too_at_level_2(t
     slack = 0.1 * (cache + weights)
     assert abs(after_1 - before_1) <= slack
     assert abs(after_2 - before_2) <= slack
+
+
+def once_interrupted(original: Callable[..., None]) -> Callable[..., None]:
+    def call(*args: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        original(*args)
+
+    return call
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_sleep__is_not_interrupted_in_the_middle(llm: LLM, monkeypatch: pytest.MonkeyPatch, level: int) -> None:
+    expected = tokens(llm)
+    with monkeypatch.context() as patch:
+        patch.setattr(DeviceWorker, "sleep", once_interrupted(DeviceWorker.sleep))
+        with pytest.raises(KeyboardInterrupt):
+            llm.sleep(level)
+    assert llm.llm_engine.sleeper.state is SleepState.ASLEEP
+    assert llm.wake_up() is True
+    assert tokens(llm) == expected
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_wake_up__that_is_interrupted_leaves_it_asleep(llm: LLM, monkeypatch: pytest.MonkeyPatch, again: bool) -> None:
+    expected = tokens(llm)
+    llm.sleep(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(DeviceWorker, "wake_up", once_interrupted(DeviceWorker.wake_up))
+        if again:  # while what was awake goes back to sleep
+            patch.setattr(DeviceWorker, "sleep", once_interrupted(DeviceWorker.sleep))
+        with pytest.raises(KeyboardInterrupt):
+            llm.wake_up()
+    assert llm.llm_engine.sleeper.state is SleepState.ASLEEP
+    assert llm.wake_up() is True
+    assert tokens(llm) == expected

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,3 +95,21 @@ def test_the_process_starts_with_the_first_template_and_ends_with_its_owner() ->
     del second
     gc.collect()
     assert children() == before
+
+
+def test_ctrl_c_while_the_process_starts_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen] = []
+
+    def popen(*args: object, **kwargs: object) -> subprocess.Popen:
+        started.append(original(*args, **kwargs))
+        signal.raise_signal(signal.SIGINT)
+        return started[0]
+
+    original, renderer = subprocess.Popen, TemplateRenderer()
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", popen)
+        with pytest.raises(KeyboardInterrupt):
+            renderer.render("a", {})
+    assert started[0].poll() is not None
+    assert renderer.render("a", {}) == "a"
+    renderer.close()

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kvloom.interrupts import held
+
 
 class LimitError(Exception):
     """The program broke a limit; the message is a phrase."""
@@ -43,8 +45,13 @@ class LimitedProcess:
 
     def start(self, first: Mapping[str, Any]) -> dict[str, Any]:
         """Start it and ask its first question. Raises `LimitError`."""
-        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603  (our own file)
-        self._end = weakref.finalize(self, _end, self._process)  # also when nobody calls close
+        try:
+            with held():  # or a process is left that nobody knows
+                self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603  (our file)
+                self._end = weakref.finalize(self, _end, self._process)  # also when nobody calls close
+        except BaseException:
+            self.close()  # the next question must not be the first that it is asked
+            raise
         return self.ask(json.dumps(first).encode() + b"\n", self._start_limit_s)
 
     def ask(self, line: bytes, limit_s: float) -> dict[str, Any]:
