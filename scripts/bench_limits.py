@@ -57,16 +57,18 @@ class Shape:
         self.layer_flop = 2 * layers * per_layer
         self.logits_flop = 2 * config["vocab_size"] * hidden
 
-    def batch_s(self, amounts: Mapping[str, float], found: Mapping[str, float]) -> float:
-        """Least seconds of a batch whose `amounts` `bench_engine` gives: all products at the machine's rate, and for each output token
-        the keys and values before it read once."""
-        tokens, new = amounts["prompt_tokens"] + amounts["output_tokens"], amounts["output_tokens"]
-        flop = tokens * self.layer_flop + new * self.logits_flop
-        return flop / found["flop_s"] + amounts["read_kv_tokens"] * self.kv_bytes / found["read_bytes_s"]
 
-    def decode_s(self, found: Mapping[str, float]) -> float:
-        """Least seconds of one token: all weights read once."""
-        return self.weight_bytes / found["read_bytes_s"]
+def batch_s(shape: Mapping[str, float], amounts: Mapping[str, float], found: Mapping[str, float]) -> float:
+    """Least seconds of a batch: all products at the machine's rate, and for each output token the keys and values before it read once.
+
+    Args:
+        shape: of the model, a `Shape` as a dict.
+        amounts: what `bench_engine` says of its requests.
+        found: `limits`.
+    """
+    tokens, new = amounts["prompt_tokens"] + amounts["output_tokens"], amounts["output_tokens"]
+    flop = tokens * shape["layer_flop"] + new * shape["logits_flop"]
+    return flop / found["flop_s"] + amounts["read_kv_tokens"] * shape["kv_bytes"] / found["read_bytes_s"]
 
 
 if __name__ == "__main__":

@@ -71,7 +71,8 @@ def test_layer_norm_is_torchs(bias: bool, dtype: torch.dtype) -> None:
         norm.load_param(suffix, None, value)
     norm.post_load()
     x = 3 + torch.randn(2, 5, 24).to(dtype)
-    torch.testing.assert_close(norm(x).float(), truth(x.float()), atol=2e-6 if dtype is torch.float32 else 2e-2, rtol=1e-5)
+    atol, rtol = (2e-6, 1e-5) if dtype is torch.float32 else (2e-2, 2**-8)  # a result is rounded to 8 bits
+    torch.testing.assert_close(norm(x).float(), truth(x.float()), atol=atol, rtol=rtol)
 
 
 def test_a_tensor_with_several_shards_is_cut_among_them() -> None:

@@ -198,6 +198,6 @@ def test_stop_strings_need_text(small_checkpoint: Path) -> None:
     with pytest.raises(RequestValidationError, match="detokenize=True"):
         SamplingParams(stop="x", detokenize=False)
     with LLM(str(small_checkpoint), skip_tokenizer_init=True) as llm:
-        with pytest.raises(RequestValidationError, match="stop strings need one"):
+        with pytest.raises(RequestValidationError, match="give stop_token_ids"):
             llm.generate([[1]], SamplingParams(stop="x"), use_tqdm=False)
         assert not llm.llm_engine.has_work

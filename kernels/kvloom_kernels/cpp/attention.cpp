@@ -2,10 +2,10 @@
 //
 // Keys of a block lie as [dim / side][block_tokens][side], values as [block_tokens / side][value_dim][side], where side is 2 for
 // bfloat16 and 1 for float32: what one instruction multiplies lies together. One item is (row, kv head, some of the row's query
-// tokens); all query heads that read the kv head are its M rows. Scores of 64 keys are made at a time, then one step of the online
-// softmax (Milakov and Gimelshein, 2018). Rounds begin at multiples of 64 and every 512 keys are summed up for themselves and then
-// folded in order, so a query's result does not depend on its neighbours, nor on how its context is shared out among threads. Slots
-// that no query of the item sees are never multiplied, whatever they hold.
+// tokens); all query heads that read the kv head are its M rows. The scores of a round, 64 keys or with AMX 512, are made at a time,
+// then one step of the online softmax (Milakov and Gimelshein, 2018). Rounds begin at multiples of their length, and every 512 keys are
+// summed up for themselves and then folded in order, so a query's result does not depend on its neighbours, nor on how its context is
+// shared out among threads. What lies in slots that no query of the item sees does not count, not even if it is no number.
 #include "attention_rounds.h"
 #include "attention_tiles.h"
 #include "team.h"

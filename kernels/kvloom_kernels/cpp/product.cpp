@@ -3,7 +3,8 @@
 // A weight [N, K] is kept as panels of PANEL output features, so that every load of a product is one whole vector, read in the order in
 // which it lies. bfloat16: [N / PANEL][K / 2][PANEL][2], two neighbours in K side by side, which is what AVX-512's bfloat16 product takes;
 // float32: [N / PANEL][K][PANEL]. What is beyond N or K is 0. A panel takes the memory of its rows, so most weights are packed where
-// they lie. Two panels are multiplied at a time. Each result is a sum over K in one order, whatever the number of rows, so a row's result
+// they lie. Two panels are multiplied at a time, by vector instructions or, where the CPU has them, by AMX tiles: 16 steps of a panel of
+// bfloat16 are one tile, as they lie. Each result is a sum over K in one order, whatever the number of rows, so a row's result
 // does not depend on its neighbours.
 //
 // A "gated" product multiplies with two halves of a weight's features, the gate and what it is multiplied with, and activates the gate.
