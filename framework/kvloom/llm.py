@@ -277,9 +277,9 @@ class LLM(PoolingCalls, Maintenance, OtherVersions):
                               chat_template_kwargs)
         conversations = split_conversations(messages)
         if dry_run:
-            return [engine.chat.render(c, options) for c in conversations]
+            return engine.render_chats(conversations, options)
         params = one_each(len(conversations), sampling_params, engine.defaults)
-        items = cut_prompts([LazyPrompt(functools.partial(engine.chat.prompt, c, options)) for c in conversations], tokenization_kwargs)
+        items = cut_prompts([LazyPrompt(functools.partial(engine.chat_prompt, c, options)) for c in conversations], tokenization_kwargs)
         return run(engine, items, params, priorities_each(len(items), priority), use_tqdm, on_error)
 
     @classmethod
@@ -313,7 +313,7 @@ class LLM(PoolingCalls, Maintenance, OtherVersions):
         Raises:
             RequestValidationError: it breaks a limit, or is no grammar at all.
         """
-        return self.llm_engine.rules.need_grammars().validate(structure)
+        return self.llm_engine.validate_grammar(structure)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What ``sampling_params=None`` means: what generation_config.json says, on top of ``SamplingParams()``. A new object."""

@@ -6,13 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kvloom.errors import RequestTypeError, UnsupportedFeatureError, shown
+from kvloom.errors import RequestTypeError, RequestValidationError, UnsupportedFeatureError, shown
+from kvloom.interfaces import Worker
 from kvloom.param_checks import check_int, check_number
 
 if TYPE_CHECKING:
     from kvloom.running import RunningEngine
 
 R = TypeVar("R")
+ENGINES_OWN = frozenset(name for name, value in vars(Worker).items() if not name.startswith("_") and callable(value))
+"""Methods of workers that change what the engine counts on."""
 LONGEST_TIMEOUT_S = 10.0**6
 DEVICE = "cpu"
 """The only kind of device so far."""
@@ -40,13 +43,19 @@ class Maintenance(ABC):
             args, kwargs: for it.
 
         Raises:
-            RequestTypeError: `method` is neither.
+            RequestTypeError: `method` is neither, or `args` or `kwargs` are no arguments.
+            RequestValidationError: a method that the engine itself calls, such as "sleep": it would not know.
             AttributeError: workers have no such method.
             TimeoutError: it took longer than `timeout`.
             EngineStateError: an earlier call was late and still runs.
             Exception: whatever the method raises.
         """
         _check_callable("method", method, or_text=True)
+        _check_arguments(args, kwargs)
+        if isinstance(method, str) and method in ENGINES_OWN:
+            instead = f"use LLM.{method}()" if hasattr(self, method) else "give a function that does what you need"
+            raise RequestValidationError(f"collective_rpc({method!r}): only the engine calls that method of its workers, or it would "
+                                         f"not know what they do; {instead}", "method", method)
         if timeout is not None:
             timeout = check_number("timeout", timeout, 0, LONGEST_TIMEOUT_S, above_low=True)
         return self.llm_engine.call_workers("collective_rpc()", method, timeout, args, kwargs)
@@ -153,3 +162,10 @@ def _check_callable(name: str, value: object, *, or_text: bool = False) -> None:
     if not callable(value) and not (or_text and isinstance(value, str)):
         what = "a method's name or a function" if or_text else "a function"
         raise RequestTypeError(f"{name} must be {what}, got {shown(value)}", name, value)
+
+
+def _check_arguments(args: object, kwargs: object) -> None:
+    if not isinstance(args, list | tuple):
+        raise RequestTypeError(f"args must be a list or tuple of arguments, got {shown(args)}", "args", args)
+    if kwargs is not None and not (isinstance(kwargs, Mapping) and all(isinstance(name, str) for name in kwargs)):
+        raise RequestTypeError(f"kwargs must be a dict from names to arguments, or None, got {shown(kwargs)}", "kwargs", kwargs)

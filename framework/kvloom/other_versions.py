@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from kvloom.config.compat import OTHER_METHODS
-from kvloom.errors import EngineClosedError, UnsupportedMethodError
+from kvloom.errors import EngineClosedError, KvloomError, UnsupportedMethodError
 from kvloom.params import SamplingParams
 from kvloom.request_counter import RequestCounter
 
@@ -39,12 +39,16 @@ class OtherVersions:
         return {f.name: getattr(ours, f.name) for f in fields(ours) if getattr(ours, f.name) != getattr(plain, f.name)}
 
     def __repr__(self) -> str:
-        """The model's name, and its layers as torch shows them."""
+        """The model's name, and its layers as torch shows them where nothing keeps the workers from saying so. It never raises."""
         try:
             engine = self.llm_engine
         except EngineClosedError:
             return f"{type(self).__name__}(closed)"
-        return "\n".join([f"{type(self).__name__}(model={engine.model_name!r})", *engine.executor.call(_tree)])
+        try:
+            layers = engine.call_workers("repr()", _tree)
+        except KvloomError as error:
+            layers = [f"({error})"]
+        return "\n".join([f"{type(self).__name__}(model={engine.model_name!r})", *layers])
 
     def __getattr__(self, name: str) -> Any:
         """Only asked for what is not there. Raises `UnsupportedMethodError` for a method of another version of vLLM."""
@@ -55,7 +59,7 @@ class OtherVersions:
 
     def get_world_size(self) -> int:
         """How many workers there are."""
-        return len(self.llm_engine.executor.call(_rank))
+        return len(self.llm_engine.call_workers("get_world_size()", _rank))
 
 
 def _rank(worker: Any) -> int:

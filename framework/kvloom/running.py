@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from weakref import finalize
 
 from kvloom.config import EngineConfig
 from kvloom.core import Engine, Request, RequestSpec
 from kvloom.decoding import NamedDecoder, find_decoder
 from kvloom.errors import (
     EngineClosedError,
-    EngineStateError,
     InternalError,
     KvloomError,
     RequestError,
@@ -25,6 +25,7 @@ from kvloom.errors import (
 from kvloom.hooks.loader import PluginSet
 from kvloom.hooks.origin import Origin
 from kvloom.interfaces import Executor, Tokenizer
+from kvloom.interrupts import held
 from kvloom.live_request import Call, LiveRequest, LiveSequence, MakeOutput, OnText, Params
 from kvloom.logs import get_logger
 from kvloom.params import SamplingParams
@@ -32,14 +33,12 @@ from kvloom.prompts import ParsedPrompt, parse_prompt
 from kvloom.request_counter import RequestCounter
 from kvloom.request_rules import RequestRules
 from kvloom.runtime.host_memory import held_bytes
-from kvloom.sleep import Sleeper, SleepState
+from kvloom.sleep import Sleeper
 from kvloom.start_report import StartReport
 from kvloom.text.chat import ChatFormatter
-from kvloom.text.grammar_gate import open_gate
 from kvloom.text.sequence_text import SequenceText
-from kvloom.text.templates import TemplateRenderer
-from kvloom.text.tokenizer import adopt_tokenizer
 from kvloom.turn import Turn
+from kvloom.upkeep import Upkeep
 
 if TYPE_CHECKING:
     from kvloom.runtime.memory import MemoryPlan
@@ -48,7 +47,7 @@ REFUSALS = (RequestError, UnsupportedFeatureError)
 """What a bad request raises."""
 
 
-class RunningEngine:
+class RunningEngine(Upkeep):
     """Owns the parts of an engine. Several calls may be under way, in one thread or in several, which take turns step by step.
 
     Args:
@@ -71,6 +70,7 @@ class RunningEngine:
         self._live: dict[int, tuple[LiveRequest, LiveSequence]] = {}
         self.numbers = RequestCounter()
         self._decoders: dict[str, NamedDecoder] = {}
+        finalize(self, executor.close).atexit = False  # an engine that is dropped without close() gives its memory back at once too
 
     @property
     def model_name(self) -> str:
@@ -82,15 +82,6 @@ class RunningEngine:
         """None with ``skip_tokenizer_init``."""
         return self.rules.tokenizer
 
-    @property
-    def chat(self) -> ChatFormatter:
-        """Renders conversations. Raises `RequestValidationError` without a tokenizer."""
-        if self._chat is None:
-            m = self.config.model
-            tokenizer = self.rules.need_tokenizer("chat", "messages", "use generate with prompt_token_ids")
-            self._chat = ChatFormatter(tokenizer, TemplateRenderer(), m.chat_template, m.allowed_local_media_path)
-        return self._chat
-
     def decoder(self, name: str) -> NamedDecoder:
         """The decoding algorithm of this name, made once an engine. Raises `RequestValidationError` when there is none."""
         if not isinstance(name, str):
@@ -98,6 +89,11 @@ class RunningEngine:
         if name not in self._decoders:
             self._decoders[name] = find_decoder(self.plugins.registries["decoders"], name)
         return self._decoders[name]
+
+    @property
+    def num_live(self) -> int:
+        """See `Upkeep`."""
+        return len(self._live)
 
     @property
     def has_work(self) -> bool:
@@ -111,16 +107,6 @@ class RunningEngine:
             if self._is_closed:
                 raise EngineClosedError("the engine was closed; make a new LLM")
             self._forget_dropped()
-            yield
-
-    @contextmanager
-    def _idle(self, what: str) -> Iterator[None]:
-        """For what no request may be under way."""
-        with self._alone(what):
-            if self._live:
-                raise EngineStateError(f"{what} has to wait: {len(self._live)} sequences are under way; let their calls end first")
-            while self.engine.has_work:  # steps in flight of requests that were forgotten
-                self.engine.step()
             yield
 
     def _check_ready(self) -> None:
@@ -167,8 +153,9 @@ class RunningEngine:
                     if not return_errors:
                         raise
                     refused.append((live, error))
-            refused += self._queue(ready, return_errors=return_errors)
-            self.numbers.counter += len(prompts)
+            with held():
+                refused += self._queue(ready, return_errors=return_errors)
+                self.numbers.counter += len(prompts)
         for live, reason in refused:
             call.deliver(live.place, live.output.refused(live, reason))
 
@@ -236,7 +223,7 @@ class RunningEngine:
     # -- requests go
 
     def step(self, call: Call | None = None) -> None:
-        """One step; requests that end are delivered to their calls.
+        """One step; requests that end are delivered to their calls. Ctrl-C is heard at its end.
 
         Args:
             call: who waits; nothing happens when another thread's step has ended all its requests.
@@ -245,7 +232,7 @@ class RunningEngine:
             InternalError: there is nothing to do, so whoever waits would wait for ever.
             EngineStateError: a late call still runs; no request has ended.
         """
-        with self._alone("a step"):
+        with held(), self._alone("a step"):
             if call is not None and not call.num_unfinished:
                 return
             self._check_ready()
@@ -306,7 +293,7 @@ class RunningEngine:
         if not call.pending:
             return
         self._dropped.append(call)
-        with self._turn.try_to_take() as is_mine:
+        with held(), self._turn.try_to_take() as is_mine:
             if is_mine:
                 self._forget_dropped()
 
@@ -314,62 +301,6 @@ class RunningEngine:
         while self._dropped:
             for live in list(self._dropped.popleft().pending.values()):
                 self._forget(live)
-
-    # -- between requests
-
-    def call_workers(self, what: str, method: str | Callable[..., Any], timeout_s: float | None = None, args: Sequence[Any] = (),
-                     kwargs: Mapping[str, Any] | None = None) -> list[Any]:
-        """See `Executor.call`; `what` asks for it."""
-        with self._alone(what):
-            return self.executor.call(method, timeout_s, args, kwargs)
-
-    def reset_prefix_cache(self) -> bool:
-        """See `LLM.reset_prefix_cache`."""
-        with self._alone("reset_prefix_cache()"):
-            return self.engine.scheduler.forget_prefixes()
-
-    def sleep(self, level: int) -> None:
-        """See `LLM.sleep`."""
-        with self._idle("sleep()"):
-            if not self.config.device.enable_sleep_mode:
-                raise EngineStateError("sleep() needs LLM(..., enable_sleep_mode=True)")
-            self.executor.check_ready()
-            if self.sleeper.state is SleepState.AWAKE and not self.engine.scheduler.forget_prefixes():
-                raise InternalError("no request is under way, but KV blocks are held")
-            self.sleeper.sleep(level)
-
-    def wake_up(self, tags: Iterable[str] | None) -> bool:
-        """See `LLM.wake_up`."""
-        with self._alone("wake_up()"):
-            self.executor.check_ready()
-            return self.sleeper.wake_up(tags)
-
-    def set_tokenizer(self, tokenizer: Any) -> None:
-        """See `LLM.set_tokenizer`."""
-        with self._idle("set_tokenizer()"):
-            adopted, before = adopt_tokenizer(self.config, self.plugins.registries["tokenizers"], tokenizer), self.rules
-            grammars = open_gate(self.config, self.plugins, adopted, before.vocab_size, before.end_tokens.configured)
-            self.rules = before.with_tokenizer(adopted, grammars)
-            self.executor.call("set_vocabulary", args=(grammars.make_vocabulary,))
-            if before.grammars is not None:
-                before.grammars.close()
-            if self._chat is not None:
-                self._chat.close()
-            self._chat = None
-
-    def start_profile(self, prefix: str) -> None:
-        """See `LLM.start_profile`."""
-        with self._alone("start_profile()"):
-            if self.config.device.profile_dir is None:
-                raise EngineStateError("start_profile() needs LLM(..., profile_dir='folder for the traces')")
-            self.executor.start_profile(self.config.device.profile_dir, prefix)
-
-    def stop_profile(self) -> list[str]:
-        """See `LLM.stop_profile`."""
-        with self._alone("stop_profile()"):
-            files = self.executor.stop_profile()
-        get_logger().info("profile written", files=files)
-        return files
 
     def close(self) -> None:
         """Free the model and the cache. Raises `RequestFailedError` when a step is under way."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvloom.config import EngineConfig
-from kvloom.config.class_path import load_class
+from kvloom.config.class_path import make_instance
+from kvloom.config.other_values import instead
 from kvloom.config.pooling import PoolingPlan
 from kvloom.core import Engine, Scheduler
 from kvloom.errors import ConfigError, ManifestMismatchError, NotRegisteredError, RequestValidationError
@@ -21,9 +21,6 @@ from kvloom.start_report import PhaseTimer, StartReport
 from kvloom.stats_log import StatsLog
 from kvloom.text.grammar_gate import find_grammar, open_gate
 from kvloom.text.tokenizer import import_tokenizer, open_tokenizer
-
-if TYPE_CHECKING:
-    pass
 
 
 def load_config_plugins(config: EngineConfig) -> PluginSet:
@@ -56,7 +53,9 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
         grammars = None
         if tokenizer is not None:
             grammars = open_gate(config, plugins, tokenizer, source.config.vocab_size, source.end_token_ids)
-    policy = _policy(config, plugins)()
+    policy = _policy(config, plugins)
+    pipeline = logits.LogitsPipeline(logits.make_processors(plugins.registries["logits_processors"],
+                                                            config.features.logits_processors or ()))
     make = worker_class.worker_class(config.device)
     executor: Executor = _component(plugins, "executors", "distributed_executor_backend",
                                     config.device.distributed_executor_backend)()
@@ -80,10 +79,8 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
             engine = Engine(Scheduler(limits, report.groups, report.num_blocks, policy, report.host_tier), executor, observers)
             rules = RequestRules(
                 config.model.seed, str(source.directory), source.config.vocab_size, source.max_model_len, config.features.max_logprobs,
-                limits.cached, EndTokens.of(source.end_token_ids, tokenizer), tokenizer,
-                logits.LogitsPipeline(logits.make_processors(plugins.registries["logits_processors"],
-                                                              config.features.logits_processors or ())),
-                executor.call(_extra_inputs)[0], grammars, _pooling_rules(plugins, source.pooling, executor, source.config.vocab_size))
+                limits.cached, EndTokens.of(source.end_token_ids, tokenizer), tokenizer, pipeline, executor.call(_extra_inputs)[0],
+                grammars, _pooling_rules(plugins, source.pooling, executor, source.config.vocab_size))
         notes = (f"task: {source.task}", f"dtype: {dtype_name(source.dtype)}", f"threads: {_threads()}", *report.notes, *plugins.notes)
         start = StartReport(tuple(timer.phases), timer.elapsed_s, plan.num_blocks, plan.capacity_tokens, notes)
         running = RunningEngine(config, engine, executor, plugins, rules, source.defaults, plan, start)
@@ -97,7 +94,7 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
 
 def _log_notes(config: EngineConfig) -> None:
     """What is to be said about the configuration. Raises `ConfigError` when this host is too small for it."""
-    for note in config.notes:
+    for note in (*config.notes, *config.model.in_vain):
         get_logger().info("configuration", note=note)
     if "swap_space" in config.origins:
         warning = config.cache.swap_space_note(host_memory().total_bytes)
@@ -132,11 +129,12 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-def _policy(config: EngineConfig, plugins: PluginSet) -> Callable[[], SchedulingPolicy]:
+def _policy(config: EngineConfig, plugins: PluginSet) -> SchedulingPolicy:
     given = config.scheduler.scheduler_cls
     if given is not None:
-        return load_class("scheduler_cls", given, SchedulingPolicy)
-    policy: Callable[[], SchedulingPolicy] = _component(plugins, "schedulers", "scheduling_policy", config.scheduler.scheduling_policy)
+        policy: SchedulingPolicy = make_instance("scheduler_cls", given, SchedulingPolicy)
+        return policy
+    policy = _component(plugins, "schedulers", "scheduling_policy", config.scheduler.scheduling_policy)()
     return policy
 
 
@@ -145,4 +143,4 @@ def _component(plugins: PluginSet, kind: str, parameter: str, name: str) -> Any:
     try:
         return plugins.registries[kind].resolve(name).load()
     except NotRegisteredError as error:
-        raise ConfigError(f"{parameter}={name!r}: {error}") from error
+        raise ConfigError(f"{parameter}={name!r}{instead(parameter, name)}: {error}") from error

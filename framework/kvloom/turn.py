@@ -5,8 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from kvloom.errors import RequestFailedError
+
+_INSIDE: ContextVar[tuple[object, ...]] = ContextVar("kvloom_turns", default=())
+"""Turns that what runs now was called in. Threads that take their caller's context along, such as a worker call's with a time limit,
+are inside too."""
 
 
 class Turn:
@@ -15,7 +20,7 @@ class Turn:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._thread_id: int | None = None
+        self._now: object | None = None  # another object each time, so that a thread that outlives a turn is not inside for ever
 
     @contextmanager
     def take(self, what: str) -> Iterator[None]:
@@ -25,16 +30,12 @@ class Turn:
             what: is done in it, for the error.
 
         Raises:
-            RequestFailedError: this thread has it already.
+            RequestFailedError: what has the turn asks for it.
         """
-        if self._thread_id == threading.get_ident():
+        if self._now is not None and self._now in _INSIDE.get():
             raise RequestFailedError(f"{what} was called from inside the engine, by what the engine itself had called")
-        with self._lock:
-            self._thread_id = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._thread_id = None
+        with self._lock, self._have():
+            yield
 
     @contextmanager
     def try_to_take(self) -> Iterator[bool]:
@@ -42,9 +43,19 @@ class Turn:
         if not self._lock.acquire(blocking=False):
             yield False
             return
-        self._thread_id = threading.get_ident()
         try:
-            yield True
+            with self._have():
+                yield True
         finally:
-            self._thread_id = None
             self._lock.release()
+
+    @contextmanager
+    def _have(self) -> Iterator[None]:
+        before = _INSIDE.get()
+        try:
+            self._now = object()
+            _INSIDE.set((*before, self._now))
+            yield
+        finally:
+            _INSIDE.set(before)
+            self._now = None

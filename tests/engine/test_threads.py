@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextvars
+import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from kvloom import LLM, SamplingParams
+from kvloom import LLM, SamplingParams, StructuredOutputsParams
 from kvloom.errors import EngineClosedError, EngineStateError, RequestFailedError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
@@ -115,3 +118,114 @@ def test_a_thread_whose_engine_another_one_closes_is_told(small_checkpoint: Path
         pool.submit(llm.close).result()
     with pytest.raises(EngineClosedError):
         list(iterator)
+
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def test_conversations_and_grammars_of_several_threads_do_not_get_mixed_up(llm: LLM) -> None:
+    def rendered(number: int) -> bool:
+        text = f"number {number} " * 50
+        return all(llm.chat([{"role": "user", "content": text}], chat_template=TEMPLATE, dry_run=True)[0].prompt == text for _ in range(20))
+
+    def judged(number: int) -> bool:
+        wrong = bool(number % 2)
+        structure = StructuredOutputsParams(regex="(" if wrong else "a")
+        return all(bool(llm.validate_grammar(structure)) is wrong for _ in range(10))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(rendered, range(4)))
+        assert all(pool.map(judged, range(4)))
+
+
+def test_a_worker_call_with_a_time_limit_cannot_call_the_engine_either(llm: LLM) -> None:
+    def call(worker: object) -> None:
+        with pytest.raises(RequestFailedError, match="from inside the engine"):
+            tokens(llm, [[1]])
+
+    llm.collective_rpc(call, timeout=60)
+
+
+def test_a_thread_that_outlives_the_turn_in_which_it_was_started_may_call_the_engine(llm: LLM) -> None:
+    expected, may_go_on = tokens(llm, [[1]]), threading.Event()
+
+    def later() -> list[list[int]]:
+        may_go_on.wait(60)
+        return tokens(llm, [[1]])
+
+    with ThreadPoolExecutor(1) as pool:
+        (promised,) = llm.apply_model(lambda model: pool.submit(contextvars.copy_context().run, later))
+        may_go_on.set()
+        assert promised.result(60) == expected
+
+
+def until_interrupted(timer: threading.Timer, call: Callable[[], object]) -> None:
+    timer.start()
+    call()
+    while True:  # a signal that comes just before one long sleep does not end it
+        time.sleep(0.01)
+
+
+def test_ctrl_c_at_any_moment_leaves_an_engine_that_works(llm: LLM) -> None:
+    expected = tokens(llm, PROMPTS)
+    llm.reset_prefix_cache()
+    free, interrupted = free_blocks(llm), 0
+    began_s = time.perf_counter()
+    tokens(llm, PROMPTS)
+    took_s = time.perf_counter() - began_s
+    for i in range(40):
+        timer = threading.Timer(took_s * (i % 20) / 20, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+        done: list[list[list[int]]] = []
+        with pytest.raises(KeyboardInterrupt):
+            until_interrupted(timer, lambda done=done: done.append(tokens(llm, PROMPTS)))
+        timer.join()
+        interrupted += not done
+    assert interrupted > 10
+    assert tokens(llm, PROMPTS) == expected
+    llm.llm_engine.engine.scheduler.check_integrity()
+    llm.reset_prefix_cache()
+    assert free_blocks(llm) == free
+
+
+def test_a_second_ctrl_c_ends_a_step_that_does_not_end(llm: LLM) -> None:
+    asking = SamplingParams(temperature=0.0, max_tokens=4, logits_processors=[lambda ids, logits: twice(logits)])
+
+    def twice(logits: torch.Tensor) -> torch.Tensor:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        return logits
+
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[1, 2]], asking, use_tqdm=False)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert len(tokens(llm, PROMPTS)) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("where", ["_plan", "_land", "finish"])
+def test_ctrl_c_in_the_middle_of_the_books_is_heard_when_they_agree(llm: LLM, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    expected, scheduler = tokens(llm, PROMPTS), llm.llm_engine.engine.scheduler
+    original, times = getattr(scheduler, where), iter(range(100))
+
+    def interrupted(*args: object, **kwargs: object) -> object:
+        if next(times) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args, **kwargs)
+
+    iterator = llm.generate_iter(PROMPTS, GREEDY)
+    monkeypatch.setattr(scheduler, where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(iterator) if where != "finish" else [next(iterator), iterator.close()]
+    scheduler.check_integrity()
+    assert not llm.llm_engine.has_work
+    assert tokens(llm, PROMPTS) == expected
+
+
+def test_what_tears_the_books_is_said_ever_after(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def alarm(*args: object, **kwargs: object) -> object:
+        raise SystemExit
+
+    monkeypatch.setattr(llm.llm_engine.engine.scheduler, "_land", alarm)
+    with pytest.raises(SystemExit):
+        tokens(llm, PROMPTS)
+    with pytest.raises(EngineStateError, match="close this engine and make a new one"):
+        tokens(llm, PROMPTS)

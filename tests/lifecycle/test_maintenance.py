@@ -42,7 +42,7 @@ def test_collective_rpc__in_time_gives_what_the_call_gives_or_raises(llm: LLM) -
     assert len(tokens(llm)) == 3
 
 
-@pytest.mark.parametrize("name", ["nope", "model", "rank", "_config"])
+@pytest.mark.parametrize("name", ["nope", "model", "rank", "_config", "_model", "_drop_runner", ""])
 def test_collective_rpc__calls_methods_only(llm: LLM, name: str) -> None:
     with pytest.raises(AttributeError, match=f"has no method '{name}'"):
         llm.collective_rpc(name)
@@ -328,3 +328,28 @@ def test_what_a_step_calls_cannot_put_the_engine_to_sleep(llm: LLM) -> None:
     with pytest.raises(RequestFailedError, match="from inside the engine"):
         llm.generate("a", params, use_tqdm=False)
     assert len(tokens(llm)) == 3
+
+
+# -- what workers are asked, and what they are not
+
+@pytest.mark.parametrize(("name", "instead"), [("sleep", r"use LLM\.sleep\(\)"), ("close", r"use LLM\.close\(\)"), ("execute", "give a function"),
+                                               ("allocate", "give a function")])
+def test_collective_rpc__of_a_method_that_only_the_engine_may_call_is_refused(llm: LLM, name: str, instead: str) -> None:
+    with pytest.raises(RequestValidationError, match=instead):
+        llm.collective_rpc(name, args=(1,))
+    assert len(tokens(llm)) == 3
+
+
+@pytest.mark.parametrize("wrong", [{"args": 3}, {"args": "ab"}, {"args": None}, {"kwargs": 3}, {"kwargs": [1]}, {"kwargs": {1: 2}}])
+def test_collective_rpc__refuses_what_are_no_arguments(llm: LLM, wrong: dict) -> None:
+    with pytest.raises(RequestTypeError, match=f"{next(iter(wrong))} must be"):
+        llm.collective_rpc(lambda worker, *args, **kwargs: 1, **wrong)
+
+
+def test_repr__and_get_world_size_answer_while_it_sleeps(llm: LLM) -> None:
+    assert "LlamaLayer" in repr(llm)
+    llm.sleep(2)
+    assert "call wake_up()" in repr(llm)
+    assert llm.get_world_size() == 1
+    llm.wake_up()
+    assert "LlamaLayer" in repr(llm)

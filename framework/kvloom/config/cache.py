@@ -12,6 +12,8 @@ from kvloom.errors import ConfigError
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
+MOST_GIB = 2**30
+"""No machine has more."""
 MAX_SWAP_SHARE, LARGE_SWAP_SHARE = 0.7, 0.4
 """Of the host's memory: more `swap_space` than the first is an error, than the second a warning. vLLM's figures."""
 
@@ -28,10 +30,10 @@ class CacheSection(Section):
             ("fp8", "fp8_e4m3", "fp8_e5m2"), "use 'auto': the model's dtype"))] = "auto"
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1, description="share of a GPU's memory"), NoEffect(
         "on a CPU the KV cache takes kv_cache_memory, or a default bounded by what the process may still use")] = 0.9
-    swap_space: Annotated[float, Field(ge=0, description="GiB of host memory for blocks that leave the device; at most 70 % of the "
-                                       "host's"), NoEffect(
+    swap_space: Annotated[float, Field(ge=0, le=MOST_GIB, description="GiB of host memory for blocks that leave the device; at "
+                                       "most 70 % of the host's"), NoEffect(
         "on a CPU device blocks that gave way are recomputed: moving them within the same memory wins nothing")] = 4
-    cpu_offload_gb: Annotated[float, Field(ge=0, description="GiB of weights kept on the host"), NoEffect(
+    cpu_offload_gb: Annotated[float, Field(ge=0, le=MOST_GIB, description="GiB of weights kept on the host"), NoEffect(
         "on a CPU device all weights are on the host")] = 0
 
     def swap_space_note(self, host_bytes: int) -> str | None:

@@ -44,3 +44,16 @@ def load_class(parameter: str, given: type | str, contract: type | None = None) 
         wanted = "a class" if contract is None else f"a subclass of {contract.__module__}.{contract.__qualname__}"
         raise ConfigError(f"{parameter}={given!r} must be {wanted}, it is {found!r}")
     return found
+
+
+def make_instance(parameter: str, given: type | str, contract: type[Any]) -> Any:
+    """An object of the class that `given` is or names, made without arguments.
+
+    Raises:
+        ConfigError: see `load_class`; or it cannot be made so, with its own exception as the cause.
+    """
+    found = load_class(parameter, given, contract)
+    try:
+        return found()
+    except Exception as error:
+        raise ConfigError(f"{parameter}={given!r}: an object of it cannot be made: {type(error).__name__}: {error}") from error

@@ -6,7 +6,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from types import NoneType, UnionType
+from typing import Any, Self, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -178,19 +179,28 @@ def _translate(values: Mapping[str, Any], origins: Mapping[str, str]) -> tuple[d
 
 def _problems(section: type[Section], error: ValidationError, origins: Mapping[str, str]) -> str:
     """Every wrong value of a section: where it was given, what it was, what is wrong."""
-    lines = []
+    lines: dict[str, str] = {}
     for problem in error.errors():
         if not problem["loc"]:  # of the section as a whole, whose message names the fields; its values may be secret
-            lines.append(problem["msg"].removeprefix("Value error, "))
+            lines[problem["msg"].removeprefix("Value error, ")] = ""
             continue
         name = str(problem["loc"][0])
-        inner = "".join(f"[{part!r}]" for part in problem["loc"][1:] if isinstance(part, int | str) and part != "[key]")
+        inner = "".join(f"[{part!r}]" for part in problem["loc"][1 + _has_choice(section, name):]
+                        if isinstance(part, int | str) and part != "[key]")
         where = origins.get(name, "")
         prefix = f"{where}: " if where not in ("", "argument") else ""
         shown = "***" if name in section.model_fields and section.is_secret(name) else repr(problem["input"])[:200]
         if problem["type"] == "missing":
-            lines.append(f"{name} is missing")
+            lines[f"{name} is missing"] = ""
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{prefix}{name}{inner}={shown}: {message}")
-    return "; ".join(lines)
+            what = f"{prefix}{name}{inner}={shown}"
+            before = lines.get(what)
+            lines[what] = f": {message}" if before is None else f"{before}, or: {message}"
+    return "; ".join(what + message for what, message in lines.items())
+
+
+def _has_choice(section: type[Section], name: str) -> bool:
+    """Whether a field takes values of several types: pydantic then has a problem for each, and the type's name in its place."""
+    annotation = section.model_fields[name].annotation if name in section.model_fields else None
+    return get_origin(annotation) in (UnionType, Union) and len(set(get_args(annotation)) - {NoneType}) > 1

@@ -25,14 +25,14 @@ class ModelSection(Section):
     """The checkpoint and how it is read."""
 
     model: Annotated[str, Field(min_length=1, description="directory, or hub id whose files are in the hub's cache or can be fetched")]
-    tokenizer: Annotated[str | None, Field(description="directory or hub id; None: the model's")] = None
+    tokenizer: Annotated[str | None, Field(min_length=1, description="directory or hub id; None: the model's")] = None
     tokenizer_mode: Annotated[str, Field(description="auto: fast (Rust) where there is one, else slow (Python); fast or slow: only "
                                          "that one; or a plugin's name")] = "auto"
     skip_tokenizer_init: Annotated[bool, Field(description="no tokenizer: token prompts only, output text is empty")] = False
     trust_remote_code: Annotated[bool, Field(description="run the code of tokenizers and configurations that comes with a checkpoint; "
                                              "that of models is unsupported so far")] = False
-    revision: Annotated[str | None, Field(description="branch, tag or commit of a hub id")] = None
-    tokenizer_revision: Annotated[str | None, Field(description="the same for the tokenizer; None: `revision`")] = None
+    revision: Annotated[str | None, Field(min_length=1, description="branch, tag or commit of a hub id")] = None
+    tokenizer_revision: Annotated[str | None, Field(min_length=1, description="the same for the tokenizer; None: `revision`")] = None
     code_revision: Annotated[str | None, Field(description="the same for code that another hub repository holds, with "
                                                "`trust_remote_code`")] = None
     hf_config_path: Annotated[str | None, Field(min_length=1, description="directory or hub id of config.json; None: `model`")] = None
@@ -114,6 +114,13 @@ class ModelSection(Section):
         if self.code_revision is not None and not self.trust_remote_code:
             raise ValueError(f"code_revision={self.code_revision!r} needs trust_remote_code=True: without it no code is loaded")
         return self
+
+    @property
+    def in_vain(self) -> list[str]:
+        """Lines for the log about revisions of what is no hub id."""
+        named = {"revision": self.model, "tokenizer_revision": self.tokenizer or self.model}
+        return [f"{name}={given!r} has no effect: {where!r} is a directory" for name, where in named.items()
+                if (given := getattr(self, name)) is not None and Path(where).expanduser().is_dir()]
 
     @property
     def fetch(self) -> Fetch:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from kvloom.core.request import Request, RequestSpec
 from kvloom.core.scheduler import Scheduler
-from kvloom.errors import InternalError
+from kvloom.errors import EngineStateError, InternalError
 from kvloom.interfaces.executor import Executor
 from kvloom.interfaces.stats import StepStats
 from kvloom.interfaces.step import RowError, RowResult, Step, StepResult
@@ -34,6 +34,7 @@ class Engine:
         self._observers = list(observers)
         self._in_flight: deque[tuple[Step, float]] = deque()
         self._interrupted: list[Request] = []  # they ended when a step was interrupted, and nobody heard of it yet
+        self._is_torn = False  # something that is no Exception may have left the books half written
 
     @property
     def has_work(self) -> bool:
@@ -58,7 +59,24 @@ class Engine:
         return ended
 
     def step(self) -> list[Request]:
-        """Keep the executor busy and commit the oldest step. Returns the requests that got tokens or ended."""
+        """Keep the executor busy and commit the oldest step. Returns the requests that got tokens or ended.
+
+        Raises:
+            EngineStateError: an earlier step was interrupted, by a signal's handler or a second Ctrl-C, while its requests were being
+                scheduled or its tokens taken over.
+        """
+        if self._is_torn:
+            raise EngineStateError("a step was interrupted at a moment that cannot be made good; close this engine and make a new one")
+        self._is_torn = True
+        try:
+            updated = self._step()
+        except Exception:
+            self._is_torn = False
+            raise
+        self._is_torn = False
+        return updated
+
+    def _step(self) -> list[Request]:
         while len(self._in_flight) < self._executor.max_in_flight:
             started_s = time.monotonic()
             step = self.scheduler.schedule()
@@ -90,6 +108,9 @@ class Engine:
                                  error=f"{type(error).__name__}: {error}")
             _let_go(error)
             result = self._run_singly(step, causes)
+        except BaseException:  # it stays in flight, and is collected next time
+            self._is_torn = False
+            raise
         try:
             return self.scheduler.commit(step, result, causes)
         except InternalError as error:  # a result of something else
@@ -115,6 +136,7 @@ class Engine:
             if part_of is not None:
                 self._in_flight.popleft()
             self._interrupted += self.scheduler.fail(part_of or step, error)
+            self._is_torn = False
             raise
 
     def _idle(self) -> list[Request]:

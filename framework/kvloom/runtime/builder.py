@@ -16,7 +16,7 @@ from kvloom.config.model import ModelSection
 from kvloom.config.model_json import derive_max_model_len, has_window, parse_model_config, without_window
 from kvloom.config.pooling import GENERATE, PoolingPlan, choose_task, plan_pooling, refuse_in_vain
 from kvloom.config.sentence_transformers import is_sentence_model, read_modules
-from kvloom.errors import ConfigError, NotRegisteredError, PluginLoadError, UnsupportedArchitectureError
+from kvloom.errors import ConfigError, ModelError, NotRegisteredError, PluginLoadError, UnsupportedArchitectureError, shown
 from kvloom.hooks.loader import PluginSet
 from kvloom.hooks.registry import Entry
 from kvloom.interfaces.attention import AttentionBackend
@@ -147,6 +147,8 @@ def find_architecture(raw: Mapping[str, Any], plugins: PluginSet) -> Entry[Model
     """The first of config.json's architectures that is registered."""
     registry = plugins.registries["models"]
     architectures = raw.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise ModelError(f"config.json's architectures must be a list of names, got {shown(architectures)}")
     for name in architectures:
         if name in registry.names():
             return registry.resolve(name)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from kvloom.errors import ConfigError
-from kvloom.hooks.registry import Registry
+from kvloom.config.other_values import instead
+from kvloom.errors import ConfigError, NotRegisteredError
+from kvloom.hooks.registry import Entry, Registry
 from kvloom.interfaces.attention import AttentionBackend, AttentionSpec
 from kvloom_kernels.requirement import Machine
 
@@ -36,7 +37,7 @@ class BackendChooser:
     def _choose(self, spec: AttentionSpec) -> AttentionBackend:
         refused: list[str] = []
         for name in self._names:
-            entry = self._registry.resolve(name)
+            entry = self._resolve(name)
             reason = entry.needs.unmet(self._machine, spec.dtype) if entry.needs else None
             backend = entry.load() if reason is None else None
             reason = reason if backend is None else self._problem(backend, spec)
@@ -46,6 +47,12 @@ class BackendChooser:
             refused.append(f"{name}: {reason}")
         raise ConfigError(f"no attention backend can serve {spec}. Refused: {'; '.join(refused)}. "
                           f"Registered: {', '.join(self._registry.names())}; choose one with attention_backend=")
+
+    def _resolve(self, name: str) -> Entry[AttentionBackend]:
+        try:
+            return self._registry.resolve(name)
+        except NotRegisteredError as error:
+            raise ConfigError(f"attention_backend={name!r}{instead('attention_backend', name)}: {error}") from error
 
     def _problem(self, backend: type[AttentionBackend], spec: AttentionSpec) -> str | None:
         if self._deterministic and not backend.row_invariant:

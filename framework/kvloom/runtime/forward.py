@@ -111,6 +111,10 @@ class Forward:
         if self._graphs is not None:
             self._graphs.forget()
 
+    def close(self) -> None:
+        """Let go of recorded steps, which refer to the model and to this."""
+        self._graphs = None
+
     def to_device(self, array: np.ndarray) -> Tensor:
         """On the CPU the tensor shares the array's memory."""
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)

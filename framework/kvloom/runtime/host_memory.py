@@ -53,9 +53,14 @@ def host_memory(root: Path = Path("/")) -> DeviceMemory:
 
 
 def release_freed() -> None:
-    """Collect cycles (modules and their parameters refer to each other), and hand what the C library's heap keeps of freed memory back
-    to the system: tensors of a few MiB lie in that heap, and without this some of them stay for good."""
+    """Collect cycles (modules and their parameters refer to each other), and hand back what that frees."""
     gc.collect()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Hand what the C library's heap keeps of freed memory back to the system: tensors of a few MiB lie in that heap, and without this
+    some of them stay for good."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc has it
     if trim is not None:
         trim(0)

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from kvloom.config.class_path import load_class
+from kvloom.config.class_path import make_instance
 from kvloom.errors import ConfigError, RequestError, RequestFailedError, RequestValidationError
 from kvloom.hooks.registry import Registry
 from kvloom.interfaces.sampling import LogitsProcessor, SequenceView, Stage
@@ -44,11 +44,11 @@ def make_processors(registry: Registry[LogitsProcessor], more: Sequence[type | s
     found = [registry.resolve(name) for name in registry.names()]
     made = [NamedProcessor(e.name, str(e.origin), e.load()(), e.config_model()) for e in found]
     for i, given in enumerate(more):
-        found_class = load_class(f"logits_processors[{i}]", given, LogitsProcessor)
-        name = f"{found_class.__module__}:{found_class.__qualname__}"
+        processor = make_instance(f"logits_processors[{i}]", given, LogitsProcessor)
+        name = f"{type(processor).__module__}:{type(processor).__qualname__}"
         if any(p.name == name for p in made):
             raise ConfigError(f"logits_processors[{i}]={given!r} is there twice")
-        made.append(NamedProcessor(name, "logits_processors=", found_class()))
+        made.append(NamedProcessor(name, "logits_processors=", processor))
     return tuple(sorted(made, key=lambda p: (p.processor.stage, p.processor.order, p.name)))
 
 

@@ -64,8 +64,9 @@ class Runner:
         self._forward.forget_recorded()
 
     def close(self) -> None:
-        """End its thread."""
+        """End its thread, and let go of what it recorded."""
         self._masks.close()
+        self._forward.close()
 
     def _move_blocks(self, step: Step) -> None:
         if self._host_blocks is None:

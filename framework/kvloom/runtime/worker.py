@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from kvloom.config import EngineConfig
+from kvloom.config.other_values import instead
 from kvloom.config.pooling import PoolingPlan
 from kvloom.core import SchedulerLimits
 from kvloom.errors import ConfigError, EngineStateError, InternalError, NotRegisteredError, RequestError
@@ -36,7 +37,7 @@ from kvloom.runtime.dense import DenseLayers
 from kvloom.runtime.forward import Forward, LayerState
 from kvloom.runtime.grammar import GrammarFactory
 from kvloom.runtime.host_blocks import HostBlocks
-from kvloom.runtime.host_memory import host_memory, release_freed
+from kvloom.runtime.host_memory import host_memory, release_freed, trim_heap
 from kvloom.runtime.kv_tensors import LayerShapes, allocate, copy_blocks
 from kvloom.runtime.logits import NO_PROCESSORS, LogitsPipeline, SequenceProcessors, make_processors
 from kvloom.runtime.memory import MemoryPlan, decode_bytes, memory_needs, plan_memory
@@ -53,23 +54,17 @@ from kvloom_kernels.linear import product_kind
 DEFAULT_SAMPLER = "default"
 
 
-PICKLES = ("pt", "npcache", "mistral")
-"""Values of vLLM's ``load_format`` whose files run code when they are read, or are not in Hugging Face format."""
-
-
 def make_loader(config: EngineConfig, plugins: PluginSet) -> WeightLoader:
     """The weight loader that ``load_format`` names, with the settings of ``model_loader_extra_config``.
 
     Raises:
-        NotRegisteredError: nobody registered it.
-        ConfigError: settings that it does not take.
+        ConfigError: nobody registered it, or settings that it does not take.
     """
     name, given = config.model.load_format, config.model.model_loader_extra_config
     try:
         entry = plugins.registries["loaders"].resolve(name)
     except NotRegisteredError as error:
-        hint = " (its files are never read: convert the checkpoint to safetensors, and leave load_format at 'auto')"
-        raise NotRegisteredError(f"load_format={name!r}{hint if name in PICKLES else ''}: {error}") from error
+        raise ConfigError(f"load_format={name!r}{instead('load_format', name)}: {error}") from error
     model = entry.config_model()
     if model is None:
         if given:
@@ -292,6 +287,7 @@ class DeviceWorker:
         self._profiler.close()
         self._drop_runner()
         self._caches = self._built = self._aside = None
+        trim_heap()
 
     def _drop_runner(self) -> None:
         if self._runner is not None:

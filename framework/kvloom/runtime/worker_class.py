@@ -24,4 +24,7 @@ def worker_class(section: DeviceSection) -> type[DeviceWorker]:
     if taken:
         raise ConfigError(f"worker_extension_cls={section.worker_extension_cls!r} has {', '.join(taken)}, which workers have already: "
                           "rename them")
+    if any("__new__" in vars(cls) for cls in extension.__mro__[:-1]):
+        raise ConfigError(f"worker_extension_cls={section.worker_extension_cls!r} must be a plain class of methods: workers are made "
+                          "by their own class, and this one has a __new__")
     return type(base.__name__, (base, extension), {"__doc__": base.__doc__, "__module__": base.__module__})

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kvloom.config import EngineConfig
 from kvloom.config.checkpoint import resolve_model_dir
+from kvloom.config.other_values import instead
 from kvloom.errors import ConfigError, NotRegisteredError, RequestTypeError, shown
 from kvloom.hooks.registry import Registry
 from kvloom.interfaces.tokenizer import Tokenizer
@@ -19,7 +20,8 @@ def import_tokenizer(config: EngineConfig, registry: Registry[Tokenizer]) -> typ
     try:
         return registry.resolve(m.tokenizer_mode).load()
     except NotRegisteredError as error:
-        raise ConfigError(f"Unknown tokenizer mode {m.tokenizer_mode!r}: {error}") from error
+        hint = instead("tokenizer_mode", m.tokenizer_mode)
+        raise ConfigError(f"Unknown tokenizer mode {m.tokenizer_mode!r}{hint}: {error}") from error
 
 
 def adopt_tokenizer(config: EngineConfig, registry: Registry[Tokenizer], given: object) -> Tokenizer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import copy_context
 from functools import partial
 from typing import Any
 
@@ -54,7 +55,7 @@ class InProcessExecutor(Executor):
         function = partial(_call, worker, method, args, kwargs or {})
         if timeout_s is None:
             return [function()]
-        thread = CallThread(function)
+        thread = CallThread(partial(copy_context().run, function))  # it is inside the call that makes it
         thread.start()
         try:
             thread.join(timeout_s)
@@ -94,8 +95,8 @@ def _call(worker: Worker, method: str | Callable[..., Any], args: Sequence[Any],
 
 
 def _method(worker: Worker, name: str) -> Callable[..., Any]:
-    """Raises `AttributeError` for what is no method, though it may be callable: a model, a property."""
-    if not callable(getattr(type(worker), name, None)):
+    """Raises `AttributeError` for what is no method, though it may be callable: a model, a property; and for what is private."""
+    if (name.startswith("_") and not name.endswith("__")) or not callable(getattr(type(worker), name, None)):
         raise AttributeError(f"{type(worker).__name__!r} object has no method {name!r}")
     found: Callable[..., Any] = getattr(worker, name)
     return found
