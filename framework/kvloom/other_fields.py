@@ -45,6 +45,7 @@ POOLING: Mapping[str, OtherField] = MappingProxyType({
     "activation": OtherField(None, _ACTIVATION),
     "additional_metadata": OtherField(None, "it is called additional_data"),
     "requires_token_ids": OtherField(False, "a pooler is given the prompt's ids anyway"),
+    "output_kind": OtherField(None, "leave it out: a pooling request has one output, when it is done"),
     "late_interaction_params": OtherField(None, "encode(..., pooling_task='token_embed') gives a row a token"),
 })
 STRUCTURE: Mapping[str, OtherField] = MappingProxyType({

@@ -188,3 +188,30 @@ def test_bfloat16_points_in_the_same_direction(tmp_path: Path, family: str, back
     assert (ours * theirs).sum(-1).min() > 0.999
     lengths = ours.norm(dim=-1)
     torch.testing.assert_close(lengths, torch.ones(len(prompts)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("given", "kept"), [({}, slice(-3, None)), ({"truncation_side": "left"}, slice(-3, None)), ({"truncation_side": "right"}, slice(3))], ids=str)
+def test_token_types_are_cut_with_their_tokens(tmp_path: Path, given: dict, kept: slice) -> None:
+    make("bert", "Model", tmp_path)
+    ids, types = [9, 10, 11, 12, 13], [0, 1, 0, 1, 1]
+    with engine(tmp_path) as llm:
+        cut = llm.embed({"prompt_token_ids": ids, "token_type_ids": types}, tokenization_kwargs={"truncate_prompt_tokens": 3} | given, use_tqdm=False)
+        short = llm.embed({"prompt_token_ids": ids[kept], "token_type_ids": types[kept]}, use_tqdm=False)
+    assert cut[0].prompt_token_ids == ids[kept]
+    assert torch.equal(embeddings(cut), embeddings(short))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("most", [5, 8, 11])
+def test_pairs_are_cut_with_their_types_as_transformers_does(tmp_path: Path, side: str, most: int) -> None:
+    model = make("bert", "ForSequenceClassification", tmp_path, labels=1)
+    write_tokenizer(tmp_path, types=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, truncation_side=side)
+    query, texts = "w50 w51 w52 w53", TEXTS
+    with torch.no_grad():
+        inputs = [tokenizer(query, t, truncation="longest_first", max_length=most, return_tensors="pt") for t in texts]
+        theirs = [torch.sigmoid(model(**i).logits).item() for i in inputs]
+    with engine(tmp_path, skip_tokenizer_init=False) as llm:
+        outputs = llm.score(query, texts, tokenization_kwargs={"truncate_prompt_tokens": most, "truncation_side": side}, use_tqdm=False)
+    assert [o.prompt_token_ids for o in outputs] == [i["input_ids"][0].tolist() for i in inputs]
+    assert [o.outputs.score for o in outputs] == pytest.approx(theirs, abs=TOLERANCE)

@@ -80,6 +80,7 @@ def test_what_a_field_takes_and_what_it_refuses(name: str, good: list, bad: list
     (SamplingParams, {"flat_logprobs": True}, "one dict a token"), (SamplingParams, {"thinking_token_budget": 5}, "use max_tokens"),
     (PoolingParams, {"normalize": False}, "use_activation"), (BeamSearchParams, {"beam_width": 2, "max_tokens": 3, "early_stopping": True}, "runs to max_tokens"),
     (BeamSearchParams, {"beam_width": 2, "max_tokens": 3, "structured_outputs": {"regex": "a"}}, "use generate with"),
+    (PoolingParams, {"output_kind": RequestOutputKind.DELTA}, "has one output"),
     (GuidedDecodingParams, {"regex": "a", "disable_fallback": True}, "GuidedDecodingParams.disable_fallback"),
 ])
 def test_fields_of_other_versions_are_refused_with_what_to_do(cls: type, given: dict, message: str) -> None:

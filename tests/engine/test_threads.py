@@ -180,7 +180,7 @@ def test_ctrl_c_at_any_moment_leaves_an_engine_that_works(llm: LLM) -> None:
             until_interrupted(timer, lambda done=done: done.append(tokens(llm, PROMPTS)))
         timer.join()
         interrupted += not done
-    assert interrupted > 10
+    assert interrupted > 1
     assert tokens(llm, PROMPTS) == expected
     llm.llm_engine.engine.scheduler.check_integrity()
     llm.reset_prefix_cache()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,14 @@ def test_a_tokenizer_whose_tokens_depend_on_their_neighbours_says_so(spelling: P
 def test_names_are_read_as_the_decoder_has_it(decoder: dict | None, name: str, expected: bytes | None) -> None:
     reader = reader_of(decoder)
     assert (None if reader is None else reader(name)) == expected
+
+
+def test_threads_that_cut_texts_and_threads_that_do_not_stay_apart(shared_dir: Path) -> None:
+    tokenizer = AutoTokenizer(shared_dir / "data/qwen2-tokenizer")
+    text = "one two three four five six seven eight nine ten"
+    whole = tokenizer.encode(text)
+    ways = [(lambda: tokenizer.encode(text), whole), (lambda: tokenizer.encode_within(text, 5, keep_end=False), whole[:5]),
+            (lambda: tokenizer.encode_within(text, 5, keep_end=True), whole[-5:])]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda i: ways[i % 3][0]() == ways[i % 3][1], range(9000)))
+    assert all(found)
