@@ -16,8 +16,7 @@ def held() -> Iterator[None]:
     Whoever else handles SIGINT (a notebook, asyncio) still does. Python runs such handlers in the main thread, so in others there is
     nothing to hold.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
+    if threading.current_thread() is not threading.main_thread() or not callable(before := signal.getsignal(signal.SIGINT)):
         yield
         return
     heard: list[tuple[int, FrameType | None]] = []
@@ -32,7 +31,8 @@ def held() -> Iterator[None]:
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGINT) is hear:  # else somebody in the block wanted another one
-            signal.signal(signal.SIGINT, before)
+        found = signal.signal(signal.SIGINT, before)
+        if found is not hear:  # somebody in the block wanted another one
+            signal.signal(signal.SIGINT, found)
         if heard:
             before(*heard[0])

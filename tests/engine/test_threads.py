@@ -229,3 +229,19 @@ def test_what_tears_the_books_is_said_ever_after(llm: LLM, monkeypatch: pytest.M
         tokens(llm, PROMPTS)
     with pytest.raises(EngineStateError, match="close this engine and make a new one"):
         tokens(llm, PROMPTS)
+
+
+def test_a_handler_that_is_set_during_a_step_stays(llm: LLM) -> None:
+    heard: list[int] = []
+
+    def processor(output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+        signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+        return logits
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        tokens(llm, [[1]], SamplingParams(temperature=0.0, max_tokens=1, logits_processors=[processor]))
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert heard == [signal.SIGINT]
