@@ -79,7 +79,7 @@ class Runner:
             return {}
 
         def logits() -> torch.Tensor:
-            last = self._forward.to_device(indices.query_starts[indices.sampled + 1].astype(np.int64) - 1)
+            last = self._forward.device.put(indices.query_starts[indices.sampled + 1].astype(np.int64) - 1)
             return self._model.logits(computed.hidden[last], computed.ctx)
 
         positions = indices.context_tokens[indices.sampled].astype(np.int64)

@@ -37,7 +37,7 @@ from kvloom.runtime.dense import DenseLayers
 from kvloom.runtime.forward import Forward, LayerState
 from kvloom.runtime.grammar import GrammarFactory
 from kvloom.runtime.host_blocks import HostBlocks
-from kvloom.runtime.host_memory import host_memory, release_freed, trim_heap
+from kvloom.runtime.host_memory import trim_heap
 from kvloom.runtime.kv_tensors import LayerShapes, allocate, copy_blocks
 from kvloom.runtime.logits import NO_PROCESSORS, LogitsPipeline, SequenceProcessors, make_processors
 from kvloom.runtime.memory import MemoryPlan, decode_bytes, memory_needs, plan_memory, scratch_bytes
@@ -95,11 +95,11 @@ class HostLink:
 
 
 def plan_model(config: EngineConfig, plugins: PluginSet, source: ModelSource, *,
-               is_host: bool = True) -> tuple[MemoryPlan, BuiltModel]:
+               is_host: bool | None = None) -> tuple[MemoryPlan, BuiltModel]:
     """The memory plan, from config.json and file headers alone; the model exists on the meta device only.
 
     Args:
-        is_host: whether the device is the host itself, so that no weights can be kept elsewhere.
+        is_host: whether the device is the host itself, so that no weights can be kept elsewhere; None: what the source's device says.
 
     Raises:
         CheckpointError: the files do not hold what the model needs.
@@ -108,12 +108,13 @@ def plan_model(config: EngineConfig, plugins: PluginSet, source: ModelSource, *,
     slots = wanted_slots(built.model)
     catalog = make_loader(config, plugins).catalog(source.directory, wanted_infos(slots))
     check_catalog(built.model, slots, catalog, source.directory)
+    is_host = source.device.is_host if is_host is None else is_host
     offloaded = [] if is_host else layers_to_offload(built.model, config.cache.cpu_offload_bytes)
-    return plan_memory(memory_needs(config, source, built, weights_bytes(offloaded)), host_memory()), built
+    return plan_memory(memory_needs(config, source, built, weights_bytes(offloaded)), source.device.memory()), built
 
 
 class DeviceWorker:
-    """See `kvloom.interfaces.Worker`. One rank, in this process, on the CPU.
+    """See `kvloom.interfaces.Worker`. One rank, in this process, on the source's device.
 
     Attributes:
         host_link: None where the device is the host itself: then blocks that gave way are recomputed, all weights stay where they are,
@@ -129,7 +130,7 @@ class DeviceWorker:
         self._make_vocabulary = make_vocabulary or self._open_vocabulary
         self._config, self._plugins, self._source = config, plugins, source
         self._grammars = self._make_grammars()
-        self._device = torch.device("cpu")
+        self._device = source.device
         self._comm = LocalComm()
         self._plan: MemoryPlan | None = None
         self._built: BuiltModel | None = None
@@ -174,13 +175,13 @@ class DeviceWorker:
 
     def _load_model(self) -> tuple[str, ...]:
         """Build the model and read its weights; lines for the start report."""
-        built = build_model(self._config, self._plugins, self._source, self._device, self._comm)
+        built = build_model(self._config, self._plugins, self._source, self._device.torch_device, self._comm)
         loaded = load_weights(built.model, make_loader(self._config, self._plugins), self._source.directory)
         notes = [*built.notes, f"weights: {loaded.num_tensors} tensors, {loaded.size_bytes} bytes"]
         if loaded.ignored:
             notes.append(f"ignored tensors: {', '.join(loaded.ignored)}")
         if self.host_link is not None and self._config.cache.cpu_offload_bytes:
-            kept_bytes = offload(layers_to_offload(built.model, self._config.cache.cpu_offload_bytes), self._device)
+            kept_bytes = offload(layers_to_offload(built.model, self._config.cache.cpu_offload_bytes), self._device.torch_device)
             notes.append(f"weights kept on the host: {kept_bytes} bytes")
         self._built = built
         return tuple(notes)
@@ -197,7 +198,7 @@ class DeviceWorker:
         built, groups = self._model(), self.plan.needs.groups
         self._num_blocks = num_blocks
         self._shapes = {layer: built.backends[layer].state_shapes() for group in groups for layer in group.layers}
-        self._caches = allocate(groups, self._shapes, num_blocks, self._device)
+        self._caches = allocate(groups, self._shapes, num_blocks, self._device.torch_device)
         self._make_runner(built, self._caches)
 
     def _make_runner(self, built: BuiltModel, caches: Mapping[int, LayerCache]) -> None:
@@ -256,8 +257,8 @@ class DeviceWorker:
         if level == 2:
             self._built = self._aside = None
         elif self.host_link is not None and self._aside is None:
-            self._aside = HostWeights(weights_of(self._model().model), self._device)
-        release_freed()
+            self._aside = HostWeights(weights_of(self._model().model), self._device.torch_device)
+        self._device.release()
 
     def wake_up(self, tags: Sequence[str]) -> None:
         """See `Worker.wake_up`.
@@ -266,13 +267,13 @@ class DeviceWorker:
             MemoryPlanError: the memory was given to somebody else meanwhile.
         """
         if "weights" in tags and self._built is None:
-            replace(self.plan, memory=host_memory()).check()
+            replace(self.plan, memory=self._device.memory()).check()
             self._load_model()
         if "weights" in tags and self._aside is not None:
             self._aside.fetch()
             self._aside = None
         if "kv_cache" in tags and self._caches is None:
-            self._caches = allocate(self.plan.needs.groups, self._shapes, self._num_blocks, self._device)
+            self._caches = allocate(self.plan.needs.groups, self._shapes, self._num_blocks, self._device.torch_device)
         if self._runner is None and self._built is not None and self._caches is not None:
             self._make_runner(self._built, self._caches)
 
