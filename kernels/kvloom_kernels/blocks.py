@@ -6,11 +6,13 @@ import ctypes
 import mmap
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvloom_kernels.native import problem
 from kvloom_kernels.plan import run
+from kvloom_kernels.transfer import to_device
 
 Pair = tuple[int, int]
 """Source and target of a copy."""
@@ -47,7 +49,7 @@ def copy_blocks(tensors: Sequence[Tensor], pairs: Sequence[Pair]) -> None:
         _copy_on_host(tensors, pairs)
         return
     for part in _independent(pairs):
-        sources, targets = torch.tensor(part, device=tensors[0].device).T
+        sources, targets = to_device(np.array(part).T, tensors[0].device)
         for tensor in tensors:
             as_bytes = tensor.view(torch.uint8)  # dtypes of 8 bits cannot be indexed everywhere
             as_bytes.index_copy_(0, targets, as_bytes.index_select(0, sources))

@@ -230,7 +230,7 @@ class DeviceWorker:
         plan, source = self._source.pooling, self._source
         if plan is None:
             return None
-        dense = DenseLayers(plan.dense, lambda: make_loader(self._config, self._plugins))
+        dense = DenseLayers(plan.dense, lambda: make_loader(self._config, self._plugins), self._device.torch_device)
         return RowPooler(make_poolers(self._plugins, plan, model_pooling(self)), model, dense, source.dtype, source.config.hidden_size)
 
     def execute(self, step: Step) -> StepResult:
