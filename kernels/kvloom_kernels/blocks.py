@@ -45,7 +45,7 @@ def copy_blocks(tensors: Sequence[Tensor], pairs: Sequence[Pair]) -> None:
     least = min(t.shape[0] for t in tensors)
     if not all(0 <= block < least for pair in pairs for block in pair):
         raise IndexError(f"blocks must be in [0, {least}): {pairs}")
-    if problem() is None and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors):
+    if all(t.device.type == "cpu" and t.is_contiguous() for t in tensors) and problem() is None:
         _copy_on_host(tensors, pairs)
         return
     for part in _independent(pairs):

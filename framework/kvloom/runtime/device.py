@@ -15,6 +15,7 @@ from torch import Tensor
 from kvloom.errors import ConfigError
 from kvloom.runtime.capture import Capture, PlanCapture
 from kvloom.runtime.host_memory import DeviceMemory, host_memory, release_freed
+from kvloom_kernels import native
 from kvloom_kernels.linear import product_kind
 from kvloom_kernels.requirement import Machine
 from kvloom_kernels.scratch import Arena
@@ -68,9 +69,9 @@ class ComputeDevice(ABC):
         kind: "cpu" or "cuda".
         torch_device: where its tensors are.
         is_host: whether its memory is the host's.
-        own_share: whether the KV cache takes ``gpu_memory_utilization`` of it; else a bounded part of what is free.
+        own_share: whether an engine takes ``gpu_memory_utilization`` of it; else a bounded part of what is free.
         profiles: whether a step's peak is measured before the KV cache is made; else it is estimated.
-        names: what it is called.
+        names: what callers call it.
     """
 
     kind: str
@@ -83,6 +84,10 @@ class ComputeDevice(ABC):
     @abstractmethod
     def describe(self) -> str:
         """For the start report."""
+
+    @abstractmethod
+    def kernels(self) -> str:
+        """Make kernels ready where that takes time; what the start report says about them."""
 
     @abstractmethod
     def machine(self) -> Machine:
@@ -175,6 +180,11 @@ class CpuDevice(ComputeDevice):
         """See `ComputeDevice.describe`."""
         return "cpu"
 
+    def kernels(self) -> str:
+        """Compile or load the C++ kernels."""
+        reason = native.problem()
+        return f"kernels: {'C++' if reason is None else f'torch ({reason})'}; bfloat16 products: {product_kind()}"
+
     def machine(self) -> Machine:
         """See `ComputeDevice.machine`."""
         return Machine("cpu")
@@ -229,6 +239,13 @@ def open_device(name: str) -> ComputeDevice:
     Raises:
         ConfigError: there is no such device here, with torch's reason.
     """
-    if name != "cuda":
+    from kvloom.runtime.cuda import CudaDevice, cuda_problem  # it needs what is above
+
+    if name == "cpu":
         return CpuDevice()
-    raise ConfigError("device='cuda' cannot be used here; use device='cpu'")
+    problem = cuda_problem()
+    if problem is None:
+        return CudaDevice(torch.cuda.current_device())
+    if name == "auto":
+        return CpuDevice()
+    raise ConfigError(f"device={name!r} cannot be used here: {problem}. Or use device='cpu'")

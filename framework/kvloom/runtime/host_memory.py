@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 UNLIMITED_BYTES = 2**60
 """Limits from here on mean none: version 1 writes "no limit" as a number near 2**63."""
@@ -66,9 +67,9 @@ def trim_heap() -> None:
         trim(0)
 
 
-def held_bytes(worker: object) -> int:
-    """For ``Executor.call``: anonymous memory of the worker's process."""
-    return host_memory().own_bytes
+def held_bytes(worker: Any) -> int:
+    """For ``Executor.call``: memory of its device that the worker's process holds."""
+    return int(worker.held_bytes)
 
 
 def _group_limits(root: Path) -> Iterator[tuple[int, int]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from kvloom.config import EngineConfig
 from kvloom.config.other_values import instead
 from kvloom.config.pooling import PoolingPlan
 from kvloom.core import SchedulerLimits
-from kvloom.errors import ConfigError, EngineStateError, InternalError, NotRegisteredError, RequestError
+from kvloom.errors import ConfigError, EngineStateError, InternalError, MemoryPlanError, NotRegisteredError, RequestError
 from kvloom.hooks.loader import PluginSet
 from kvloom.interfaces import (
     Grammar,
@@ -40,16 +41,15 @@ from kvloom.runtime.host_blocks import HostBlocks
 from kvloom.runtime.host_memory import trim_heap
 from kvloom.runtime.kv_tensors import LayerShapes, allocate, copy_blocks
 from kvloom.runtime.logits import NO_PROCESSORS, LogitsPipeline, SequenceProcessors, make_processors
-from kvloom.runtime.memory import MemoryPlan, decode_bytes, memory_needs, plan_memory, scratch_bytes
+from kvloom.runtime.memory import MemoryPlan, memory_needs, plan_memory, recorded_step_bytes, scratch_bytes
 from kvloom.runtime.offload import HostWeights, layers_to_offload, offload, weights_bytes, weights_of
+from kvloom.runtime.peak import largest_step
 from kvloom.runtime.pooling import PoolerSet, PoolingState, RowPooler
 from kvloom.runtime.profiling import WorkerProfiler
 from kvloom.runtime.runner import Runner
 from kvloom.runtime.weights import check_catalog, load_weights, wanted_infos, wanted_slots
 from kvloom.text.grammar_gate import find_grammar
 from kvloom.text.vocabulary import open_vocabulary
-from kvloom_kernels import native
-from kvloom_kernels.linear import product_kind
 
 DEFAULT_SAMPLER = "default"
 
@@ -148,6 +148,11 @@ class DeviceWorker:
         return self._model().model
 
     @property
+    def held_bytes(self) -> int:
+        """Of the device's memory, by this process."""
+        return self._device.memory().own_bytes
+
+    @property
     def plan(self) -> MemoryPlan:
         """The memory plan. After `load` only."""
         if self._plan is None:
@@ -162,16 +167,32 @@ class DeviceWorker:
             CheckpointError: the files do not hold what the model needs.
         """
         began = time.perf_counter()
-        kernels = _kernels_note()
+        kernels = self._device.kernels()
         started = time.perf_counter()
-        self._plan, _ = plan_model(self._config, self._plugins, self._source, is_host=self.host_link is None)
+        self._plan, _ = plan_model(self._config, self._plugins, self._source, is_host=self._is_host)
         self._plan.check()
         planned = time.perf_counter()
         notes = (kernels, *self._load_model())
-        done = time.perf_counter()
-        return WorkerReport(self.rank, self._plan.needs.groups, self._plan.num_blocks, self._plugins.manifest.hash,
-                            (("kernels", started - began), ("memory plan", planned - started), ("weights", done - planned)), notes,
-                            self._host_tier())
+        loaded = time.perf_counter()
+        timings = [("kernels", started - began), ("memory plan", planned - started), ("weights", loaded - planned)]
+        if self._device.profiles:
+            self._plan = self._measured_plan(self._plan)
+            self._plan.check()
+            timings.append(("largest step", time.perf_counter() - loaded))
+        return WorkerReport(self.rank, self._plan.needs.groups, self._plan.num_blocks, self._plugins.manifest.hash, tuple(timings),
+                            notes, self._host_tier())
+
+    @property
+    def _is_host(self) -> bool:
+        return self._device.is_host and self.host_link is None
+
+    def _measured_plan(self, plan: MemoryPlan) -> MemoryPlan:
+        """With what the largest step takes in place of the estimate. Its time also says what computing a block again costs."""
+        step = largest_step(self._model(), self._source, self._config, plan.needs.groups, self._comm)
+        measured = self._device.measure(step.run)
+        if self.host_link is None:
+            self.host_link = HostLink(self._device.host_bytes_per_s(), step.tokens / measured.seconds)
+        return plan_memory(replace(plan.needs, activations_bytes=measured.peak_bytes), plan.memory)
 
     def _load_model(self) -> tuple[str, ...]:
         """Build the model and read its weights; lines for the start report."""
@@ -180,7 +201,7 @@ class DeviceWorker:
         notes = [*built.notes, f"weights: {loaded.num_tensors} tensors, {loaded.size_bytes} bytes"]
         if loaded.ignored:
             notes.append(f"ignored tensors: {', '.join(loaded.ignored)}")
-        if self.host_link is not None and self._config.cache.cpu_offload_bytes:
+        if not self._is_host and self._config.cache.cpu_offload_bytes:
             kept_bytes = offload(layers_to_offload(built.model, self._config.cache.cpu_offload_bytes), self._device.torch_device)
             notes.append(f"weights kept on the host: {kept_bytes} bytes")
         self._built = built
@@ -198,8 +219,9 @@ class DeviceWorker:
         built, groups = self._model(), self.plan.needs.groups
         self._num_blocks = num_blocks
         self._shapes = {layer: built.backends[layer].state_shapes() for group in groups for layer in group.layers}
-        self._caches = allocate(groups, self._shapes, num_blocks, self._device.torch_device)
-        self._make_runner(built, self._caches)
+        with _no_memory_is_a_plan_error():
+            self._caches = allocate(groups, self._shapes, num_blocks, self._device.torch_device)
+            self._make_runner(built, self._caches)
 
     def _make_runner(self, built: BuiltModel, caches: Mapping[int, LayerCache]) -> None:
         """All that is remembered of sequences, which is nothing."""
@@ -219,11 +241,10 @@ class DeviceWorker:
 
     def _forward(self, built: BuiltModel, caches: Mapping[int, LayerCache], limits: SchedulerLimits) -> Forward:
         layers = LayerState(self.plan.needs.groups, len(built.model.state_specs()), built.backends, caches)
-        records = self._source.pooling is None and not self._config.device.enforce_eager
         config, dtype = self._source.config, self._source.dtype
         return Forward(built.model, self._comm, layers, self._device,
                        max_num_seqs=limits.max_num_seqs, max_model_len=limits.max_model_len,
-                       recorded_bytes=decode_bytes(config, dtype, limits.max_num_seqs) if records else 0,
+                       recorded_bytes=recorded_step_bytes(self._config, self._source, limits.max_num_seqs),
                        scratch_bytes=scratch_bytes(config, dtype, limits.max_num_batched_tokens))
 
     def _make_pooler(self, model: Model) -> RowPooler | None:
@@ -256,7 +277,7 @@ class DeviceWorker:
         self._caches = None
         if level == 2:
             self._built = self._aside = None
-        elif self.host_link is not None and self._aside is None:
+        elif not self._is_host and self._aside is None:
             self._aside = HostWeights(weights_of(self._model().model), self._device.torch_device)
         self._device.release()
 
@@ -266,6 +287,10 @@ class DeviceWorker:
         Raises:
             MemoryPlanError: the memory was given to somebody else meanwhile.
         """
+        with _no_memory_is_a_plan_error():
+            self._wake_up(tags)
+
+    def _wake_up(self, tags: Sequence[str]) -> None:
         if "weights" in tags and self._built is None:
             replace(self.plan, memory=self._device.memory()).check()
             self._load_model()
@@ -345,10 +370,13 @@ def model_pooling(worker: Any) -> tuple[str, dict[str, Any]]:
     return worker.model.pooling, dict(worker.model.pooling_options)
 
 
-def _kernels_note() -> str:
-    """Compile or load the C++ kernels; what the start report says about them."""
-    reason = native.problem()
-    return f"kernels: {'C++' if reason is None else f'torch ({reason})'}; bfloat16 products: {product_kind()}"
+@contextmanager
+def _no_memory_is_a_plan_error() -> Iterator[None]:
+    """Planned memory of the device that is not there any more: others took it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryPlanError(f"memory that was planned was taken by others meanwhile; free some and try again. {error}") from error
 
 
 def worker_plan(worker: Any) -> MemoryPlan:
