@@ -26,15 +26,23 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The same tensors on the host, in one copy; waits until they are computed. All on one device."""
     if not tensors or tensors[0].device.type == "cpu":
         return list(tensors)
-    order = sorted(range(len(tensors)), key=lambda i: -tensors[i].dtype.itemsize)  # so that each begins at a multiple of its itemsize
-    packed = torch.cat([tensors[i].contiguous().reshape(-1).view(torch.uint8) for i in order]).cpu()
-    return unpacked(packed, tensors, order)
+    return unpacked(packed(tensors).cpu(), tensors)
 
 
-def unpacked(packed: Tensor, tensors: Sequence[Tensor], order: Sequence[int]) -> list[Tensor]:
-    """Cut ``packed [bytes]`` uint8 into tensors of the shapes and dtypes of others, which lie in it in this order."""
-    out, start = list(tensors), 0
-    for i in order:
+def _order(tensors: Sequence[Tensor]) -> list[int]:
+    """The widest first, so that each begins at a multiple of its itemsize."""
+    return sorted(range(len(tensors)), key=lambda i: -tensors[i].dtype.itemsize)
+
+
+def packed(tensors: Sequence[Tensor]) -> Tensor:
+    """The bytes of all of them, one after the other: ``[bytes]`` uint8."""
+    return torch.cat([tensors[i].contiguous().reshape(-1).view(torch.uint8) for i in _order(tensors)])
+
+
+def unpacked(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Cut what `packed` gave into tensors of the shapes and dtypes of those that it was given."""
+    out, start, tensors = list(like), 0, like
+    for i in _order(like):
         size_bytes = tensors[i].numel() * tensors[i].dtype.itemsize
         out[i] = packed[start:start + size_bytes].view(tensors[i].dtype).view(tensors[i].shape)
         start += size_bytes

@@ -91,6 +91,9 @@ class Elsewhere(ComputeDevice):
     def release(self) -> None:
         self.released += 1
 
+    def close(self) -> None:
+        pass
+
     def host_bytes_per_s(self) -> float:
         return 1e10
 

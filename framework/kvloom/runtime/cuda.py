@@ -19,9 +19,9 @@ from kvloom_kernels.transfer import to_host
 
 LINK_BYTES = 64 * 2**20
 """That are copied to measure the way to the host."""
-CAPTURED_STEPS = 4
+CAPTURED_STEPS = 6
 """Steps of the largest size whose memory captured ones are planned with: one runs before it is captured, on a stream of its own, one is
-the pool's, and results of the smaller sizes stay, which are less than 2.5 times the largest's (`CudaCapture.size`)."""
+the pool's, and results of the smaller sizes stay, which are less than 3.5 times the largest's (`CudaCapture.size`). Not measured."""
 BF16_CAPABILITY = (8, 0)
 
 
@@ -88,6 +88,10 @@ class CudaDevice(ComputeDevice):
         """See `ComputeDevice.release`."""
         release_freed()
         torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        """See `ComputeDevice.close`: other processes may need it."""
+        self.release()
 
     def host_bytes_per_s(self) -> float:
         """The slower of the two ways, from and to pinned memory."""

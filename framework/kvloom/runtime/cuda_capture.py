@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kvloom.runtime.capture import Capture, Replay
 from kvloom_kernels.plan import NotRecordableError
@@ -16,6 +17,8 @@ from kvloom_kernels.plan import NotRecordableError
 WAITING = frozenset({"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal",
                      "is_nonzero"})
 """Operations of torch whose result the host waits for."""
+INDEXING = frozenset({"index", "index_put", "index_put_"})
+"""Those that do, where they are given masks."""
 
 Compute = Callable[[], Sequence[Tensor]]
 
@@ -70,8 +73,8 @@ class CudaCapture(Capture):
         self._recorder = recorder
 
     def size(self, rows: int, recorded: Collection[int], most: int) -> int:
-        """1, 2, 3, 4, 6, 8, 12, 16, 24 ...: at most half as many rows again as are needed, and all sizes together have less than 3.5
-        times the rows of the largest."""
+        """1, 2, 3, 4, 6, 8, 12, 16, 24 ... and `most`: at most half as many rows again as are needed, and all sizes together have less
+        than 4.5 times the rows of the largest."""
         power = 1 << (rows - 1).bit_length()
         return min(power - power // 4 if rows <= power - power // 4 else power, most)
 
@@ -107,11 +110,10 @@ class NoWaiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Let everything else through."""
         name = func.overloadpacket.__name__
-        if name in WAITING:
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if name in WAITING or (name in INDEXING and any(t.dtype is torch.bool for t in tensors[1:])):
             raise NotRecordableError(f"it waits for the device ({name})")
         results = func(*args, **(kwargs or {}))
-        if name in ("_to_copy", "copy_"):
-            devices = {t.device.type for t in (results, *args, *(kwargs or {}).values()) if isinstance(t, Tensor)}
-            if len(devices) > 1:
-                raise NotRecordableError(f"it copies between the device and the host ({name})")
+        if name in ("_to_copy", "copy_") and len({t.device.type for t in (results, *tensors)}) > 1:
+            raise NotRecordableError(f"it copies between the device and the host ({name})")
         return results

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvloom.errors import ConfigError
 from kvloom.runtime.capture import Capture, PlanCapture
-from kvloom.runtime.host_memory import DeviceMemory, host_memory, release_freed
+from kvloom.runtime.host_memory import DeviceMemory, host_memory, release_freed, trim_heap
 from kvloom_kernels import native
 from kvloom_kernels.linear import product_kind
 from kvloom_kernels.requirement import Machine
@@ -104,6 +104,10 @@ class ComputeDevice(ABC):
     @abstractmethod
     def release(self) -> None:
         """Hand memory back that was freed."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """The same when an engine ends, where there is no time to look for what nobody refers to."""
 
     @abstractmethod
     def host_bytes_per_s(self) -> float:
@@ -201,6 +205,10 @@ class CpuDevice(ComputeDevice):
     def release(self) -> None:
         """See `release_freed`."""
         release_freed()
+
+    def close(self) -> None:
+        """See `trim_heap`."""
+        trim_heap()
 
     def host_bytes_per_s(self) -> float:
         """Without bound: nothing has to be moved."""

@@ -38,7 +38,6 @@ from kvloom.runtime.dense import DenseLayers
 from kvloom.runtime.forward import Forward, LayerState
 from kvloom.runtime.grammar import GrammarFactory
 from kvloom.runtime.host_blocks import HostBlocks
-from kvloom.runtime.host_memory import trim_heap
 from kvloom.runtime.kv_tensors import LayerShapes, allocate, copy_blocks
 from kvloom.runtime.logits import NO_PROCESSORS, LogitsPipeline, SequenceProcessors, make_processors
 from kvloom.runtime.memory import MemoryPlan, memory_needs, plan_memory, recorded_step_bytes, scratch_bytes
@@ -315,7 +314,7 @@ class DeviceWorker:
         self._profiler.close()
         self._drop_runner()
         self._caches = self._built = self._aside = None
-        trim_heap()
+        self._device.close()
 
     def _drop_runner(self) -> None:
         if self._runner is not None:
