@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,23 @@ def test_a_step_asks_the_device_once(llama: tuple, values: dict) -> None:
     assert [len(o.outputs[0].token_ids) for o in outputs] == [STEPS] * 3
     assert len(device.fetched) == STEPS
     assert all(t.device.type == "meta" for sent in device.fetched for t in sent)
+
+
+def test_steps_run_on_the_device_whatever_the_threads_current_one_is(llama: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, device = llama
+    inside: list[bool] = [False]
+
+    @contextmanager
+    def current() -> Iterator[None]:
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    fetch = device.fetch
+    monkeypatch.setattr(device, "current", current)
+    monkeypatch.setattr(device, "fetch", lambda tensors: fetch(tensors) if inside[0] else pytest.fail("on another device"))
+    llm.generate(PROMPTS, params(), use_tqdm=False)
+    assert len(device.fetched) == STEPS
 
 
 def test_rows_that_ask_for_different_things_are_still_one_question(llama: tuple) -> None:

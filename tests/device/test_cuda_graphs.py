@@ -71,14 +71,16 @@ def test_sizes_are_close_few_and_never_more_than_there_may_be() -> None:
 
 @pytest.mark.parametrize(("compute", "reason"), [
     (lambda: (torch.ones(2) * torch.ones(()).item(),), "waits for the device \\(_local_scalar_dense\\)"),
+    (lambda: (torch.ones(2) * float(torch.ones(3).sum()),), "waits for the device \\(_local_scalar_dense\\)"),
     (lambda: (torch.ones(2).nonzero(),), "waits for the device \\(nonzero\\)"),
     (lambda: (torch.ones(2)[torch.ones(2, dtype=torch.bool)],), "waits for the device"),
     (lambda: (torch.ones(2).to("meta"),), "between the device and the host \\(_to_copy\\)"),
     (lambda: (torch.empty(2, device="meta").copy_(torch.ones(2)),), "between the device and the host \\(copy_\\)"),
     (lambda: (torch.ones(3),), "no rows of the step"),
 ])
-def test_what_would_see_the_numbers_of_the_recording_is_not_recorded(compute: Compute, reason: str) -> None:
-    with pytest.raises(NotRecordableError, match=reason):
+@pytest.mark.parametrize("inference", [True, False])  # in which torch hands operations over whole, as steps do, or as their parts
+def test_what_would_see_the_numbers_of_the_recording_is_not_recorded(compute: Compute, reason: str, inference: bool) -> None:
+    with torch.inference_mode(inference), pytest.raises(NotRecordableError, match=reason):
         CudaCapture(Again()).record(compute, 2)
 
 

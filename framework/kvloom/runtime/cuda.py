@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 
 import torch
@@ -60,6 +61,10 @@ class CudaDevice(ComputeDevice):
 
     def __init__(self, index: int) -> None:
         self.torch_device = torch.device("cuda", index)
+
+    def current(self) -> AbstractContextManager[object]:
+        """See `ComputeDevice.current`: Triton launches on the thread's current device."""
+        return torch.cuda.device(self.torch_device)
 
     def describe(self) -> str:
         """See `ComputeDevice.describe`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ class TorchGraphs(GraphRecorder):
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, compute: Compute) -> None:
@@ -56,9 +58,12 @@ class TorchGraphs(GraphRecorder):
 
     def capture(self, compute: Compute) -> tuple[Callable[[], object], Sequence[Tensor]]:
         """See `GraphRecorder.capture`. Other threads may use the device meanwhile."""
+        if not self._graphs:  # a pool ends with its last graph
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             results = compute()
+        self._graphs.add(graph)
         return graph.replay, results
 
 
@@ -108,7 +113,11 @@ class NoWaiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Let everything else through."""
+        """Let everything else through; operations that are made of others are judged by those."""
+        with self:
+            made_of_others = func.decompose(*args, **(kwargs or {}))
+        if made_of_others is not NotImplemented:
+            return made_of_others
         name = func.overloadpacket.__name__
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if name in WAITING or (name in INDEXING and any(t.dtype is torch.bool for t in tensors[1:])):

@@ -6,6 +6,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -140,6 +141,10 @@ class ComputeDevice(ABC):
     @abstractmethod
     def fetch(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Bring results to the host, in one copy: a step does it once, and waits for the device nowhere else."""
+
+    def current(self) -> AbstractContextManager[object]:
+        """Within it kernels are launched on this device, whatever the thread's current one is."""
+        return nullcontext()
 
     def put(self, array: np.ndarray[Any, Any]) -> Tensor:
         """Numbers of the host on the device, without waiting; on the host itself the array's own memory."""

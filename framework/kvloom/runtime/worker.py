@@ -175,7 +175,8 @@ class DeviceWorker:
         loaded = time.perf_counter()
         timings = [("kernels", started - began), ("memory plan", planned - started), ("weights", loaded - planned)]
         if self._device.profiles:
-            self._plan = self._measured_plan(self._plan)
+            with self._device.current():
+                self._plan = self._measured_plan(self._plan)
             self._plan.check()
             timings.append(("largest step", time.perf_counter() - loaded))
         return WorkerReport(self.rank, self._plan.needs.groups, self._plan.num_blocks, self._plugins.manifest.hash, tuple(timings),
@@ -257,7 +258,7 @@ class DeviceWorker:
         """See `Worker.execute`."""
         if self._runner is None:
             raise InternalError("execute was called before allocate, or while the worker sleeps")
-        with self._profiler.step(step.step_id):
+        with self._profiler.step(step.step_id), self._device.current():
             return self._runner.execute(step)
 
     def forget_recorded(self) -> None:
