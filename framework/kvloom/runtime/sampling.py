@@ -89,7 +89,8 @@ class RowSampler:
         if len(asking) < len(wanted):
             index = to_device(asking, raw.device)
             raw, token_ids = raw[index], token_ids[index]
-        return candidates(_scaled(raw, self._state.score_temperatures[rows[asking]]), token_ids, wanted[asking].tolist(), outbox)
+        there = token_ids.clamp(0, raw.shape[1] - 1)  # see `_checked`
+        return candidates(_scaled(raw, self._state.score_temperatures[rows[asking]]), there, wanted[asking].tolist(), outbox)
 
     def _checked(self, token_ids: Array, vocab_size: int, failed: dict[int, RowError]) -> Array:
         """The ids; 0 in the place of one that there is not, whose row fails."""
