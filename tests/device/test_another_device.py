@@ -180,9 +180,21 @@ def test_memory_that_others_took_meanwhile_is_a_plan_error(small_checkpoint: Pat
         llm.sleep(level=2)
         with monkeypatch.context() as patch:
             patch.setattr(worker, "allocate", taken)
-            with pytest.raises(MemoryPlanError, match=r"taken by others meanwhile.*2.00 GiB"):
+            with pytest.raises(MemoryPlanError, match=r"others took it meanwhile.*2.00 GiB"):
                 llm.wake_up()
         assert llm.wake_up()
+
+
+def test_a_largest_step_that_does_not_fit_is_a_plan_error(small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Elsewhere()
+
+    def measure(compute: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(device, "measure", measure)
+    with pytest.raises(MemoryPlanError, match=r"lower max_num_batched_tokens.*2.00 GiB"), \
+            engine_elsewhere(monkeypatch, small_checkpoint, device):
+        pass
 
 
 @pytest.mark.parametrize("name", ["cuda", "GPU"])

@@ -171,11 +171,12 @@ class DeviceWorker:
         self._plan, _ = plan_model(self._config, self._plugins, self._source, is_host=self._is_host)
         self._plan.check()
         planned = time.perf_counter()
-        notes = (kernels, *self._load_model())
+        with _no_memory_is_a_plan_error():
+            notes = (kernels, *self._load_model())
         loaded = time.perf_counter()
         timings = [("kernels", started - began), ("memory plan", planned - started), ("weights", loaded - planned)]
         if self._device.profiles:
-            with self._device.current():
+            with self._device.current(), _no_memory_is_a_plan_error():
                 self._plan = self._measured_plan(self._plan)
             self._plan.check()
             timings.append(("largest step", time.perf_counter() - loaded))
@@ -372,11 +373,12 @@ def model_pooling(worker: Any) -> tuple[str, dict[str, Any]]:
 
 @contextmanager
 def _no_memory_is_a_plan_error() -> Iterator[None]:
-    """Planned memory of the device that is not there any more: others took it."""
+    """Planned memory of the device is not there: others took it, or a step takes more than was estimated."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise MemoryPlanError(f"memory that was planned was taken by others meanwhile; free some and try again. {error}") from error
+        raise MemoryPlanError("the device has less free memory than was planned with: others took it meanwhile, or a step takes more "
+                              f"than was estimated; free some, or lower max_num_batched_tokens. torch says: {error}") from error
 
 
 def worker_plan(worker: Any) -> MemoryPlan:
