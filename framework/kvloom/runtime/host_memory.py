@@ -9,7 +9,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from kvloom.interfaces import Worker
 
 UNLIMITED_BYTES = 2**60
 """Limits from here on mean none: version 1 writes "no limit" as a number near 2**63."""
@@ -67,9 +68,9 @@ def trim_heap() -> None:
         trim(0)
 
 
-def held_bytes(worker: Any) -> int:
-    """For ``Executor.call``: memory of its device that the worker's process holds."""
-    return int(worker.held_bytes)
+def held_bytes(worker: Worker) -> int:
+    """For ``Executor.call``: see `Worker.held_bytes`."""
+    return worker.held_bytes
 
 
 def _group_limits(root: Path) -> Iterator[tuple[int, int]]:

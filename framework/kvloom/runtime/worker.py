@@ -148,7 +148,7 @@ class DeviceWorker:
 
     @property
     def held_bytes(self) -> int:
-        """Of the device's memory, by this process."""
+        """See `Worker.held_bytes`."""
         return self._device.memory().own_bytes
 
     @property
