@@ -81,9 +81,10 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
                 config.model.seed, str(source.directory), source.config.vocab_size, source.max_model_len, config.features.max_logprobs,
                 limits.cached, EndTokens.of(source.end_token_ids, tokenizer), tokenizer, pipeline, executor.call(_extra_inputs)[0],
                 grammars, _pooling_rules(plugins, source.pooling, executor, source.config.vocab_size))
-        notes = (f"task: {source.task}", f"dtype: {dtype_name(source.dtype)}", f"threads: {_threads()}", *report.notes, *plugins.notes)
+        notes = (f"task: {source.task}", f"device: {source.device.describe()}", f"dtype: {dtype_name(source.dtype)}",
+                 f"threads: {_threads()}", *report.notes, *plugins.notes)
         start = StartReport(tuple(timer.phases), timer.elapsed_s, plan.num_blocks, plan.capacity_tokens, notes)
-        running = RunningEngine(config, engine, executor, plugins, rules, source.defaults, plan, start)
+        running = RunningEngine(config, engine, executor, plugins, rules, source.defaults, plan, start, source.device.names)
     except BaseException:
         executor.close()
         raise

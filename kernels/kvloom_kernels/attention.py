@@ -85,14 +85,14 @@ def paged_attention_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, block
         ``[T, Hq, Dv]`` float32.
     """
     num_heads, block_tokens = q.shape[1], k_cache.shape[2]
-    out = torch.zeros(q.shape[0], num_heads, v_cache.shape[3])
+    out = torch.zeros(q.shape[0], num_heads, v_cache.shape[3], device=q.device)
     for r, context in enumerate(context_tokens.tolist()):
         start, stop = int(query_starts[r]), int(query_starts[r + 1])
         blocks = block_table[r, : -(-context // block_tokens)].long()
         keys, values = (c[blocks].transpose(1, 2).flatten(0, 1)[:context].float() for c in (k_cache, v_cache))  # [context, Hk, D]
-        positions = torch.arange(context - (stop - start), context)
-        seen = visible(positions, torch.arange(context), scores)  # [Q, context]
-        first = int(seen.any(0).int().argmax())  # what fell out of the window may be anybody's
+        before = context - (stop - start)
+        seen = visible(torch.arange(before, context, device=q.device), torch.arange(context, device=q.device), scores)  # [Q, context]
+        first = 0 if scores.window_tokens is None else max(0, before - scores.window_tokens + 1)  # what fell out may be anybody's
         keys, values, seen = keys[first:], values[first:], seen[:, first:]
         keys, values = (x.repeat_interleave(num_heads // x.shape[1], dim=1) for x in (keys, values))
         logits = torch.einsum("qhd,khd->hqk", q[start:stop].float(), keys) * scores.scale

@@ -21,8 +21,10 @@ from hypothesis import strategies as st
 from test_attention import SPEC, Case, assert_close
 
 from kvloom.interfaces import AttentionBatch, AttentionSpec, LayerCache
+from kvloom.layers import Rotation, rotate
 from kvloom_kernels.gpu.attention import MAX_SPLITS, split_count
 from kvloom_kernels.native import problem
+from kvloom_kernels.norm import rms_norm_reference
 from kvloom_kernels.plan import NotRecordableError, Plan, recorded
 from kvloom_plugins.attention.reference import ReferenceAttention
 from kvloom_plugins.attention.triton import TritonAttention
@@ -63,6 +65,54 @@ def test_half_precision_is_as_close_as_its_rounding(dtype: str, tolerance: float
 def test_soft_cap_agrees_with_the_reference() -> None:
     case = Case(replace(SPEC, soft_cap=2.5), [(0, 30), (20, 1)])
     torch.testing.assert_close(case.run(TritonAttention)[0], case.run(ReferenceAttention)[0], atol=2e-5, rtol=2e-5)
+
+
+def rotated_in_steps(q, k, v, backend, cache, batch, table, positions, norms, eps):
+    """What the layer does where a backend does not fuse."""
+    if norms is not None:
+        q, k = rms_norm_reference(q, norms[0], eps), rms_norm_reference(k, norms[1], eps)
+    rotation = Rotation(table, positions, q.dtype)
+    q, k = rotate(q, rotation), rotate(k, rotation)
+    backend.write(k, v, cache, backend.prepare(batch))
+    return q, k
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "value_dim", "rotary_dim"),
+                         [(6, 2, 20, 20, 20), (1, 1, 8, 8, 8), (8, 1, 128, 128, 128), (3, 3, 14, 5, 6), (4, 2, 80, 96, 40), (2, 1, 2, 1, 2)])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 3e-2)])
+@pytest.mark.parametrize("block_tokens", [16, 5])
+def test_norm_rotation_and_write_in_one_launch(heads: int, kv_heads: int, dim: int, value_dim: int, rotary_dim: int, normed: bool, dtype: str,
+                                               tolerance: float, block_tokens: int) -> None:
+    generator, kind = torch.Generator().manual_seed(dim), getattr(torch, dtype)
+    spec = AttentionSpec(heads, kv_heads, dim, value_dim, dim ** -0.5, dtype=dtype, cache_dtype=dtype, block_tokens=block_tokens)
+    backend = TritonAttention(spec)
+    tokens, widths = 7, (heads * dim, kv_heads * dim, kv_heads * value_dim)
+    qkv = torch.randn(tokens, sum(widths), generator=generator).to(kind)  # as the projection leaves them: one row a token
+    angles = torch.arange(50)[:, None] * torch.rand(rotary_dim // 2, generator=generator)
+    table, positions = torch.cat((angles.cos(), angles.sin()), -1), torch.randint(0, 50, (tokens,), generator=generator)
+    norms = tuple((1 + 0.3 * torch.randn(dim, generator=generator)).to(kind) for _ in range(2)) if normed else None
+    slots = torch.randperm(6 * block_tokens, generator=generator)[:tokens]
+    batch = replace(_batch([(30, 1)] * tokens, 1), slots=slots)
+
+    def parts():
+        return [x.view(tokens, -1, d) for x, d in zip(qkv.clone().split(widths, 1), (dim, dim, value_dim), strict=True)]
+
+    caches = [LayerCache(0, tuple(torch.full((6, *t.shape), 0.25, dtype=kind) for t in backend.state_shapes())) for _ in range(2)]
+    q, k, v = parts()
+    assert backend.norm_rope_write(q, k, v, caches[0], backend.prepare(batch), table, positions, *(norms or (None, None)), 1e-5)
+    expected_q, expected_k = rotated_in_steps(*parts(), backend, caches[1], batch, table, positions, norms, 1e-5)
+    for got, expected in zip((q, k, *caches[0].tensors), (expected_q, expected_k, *caches[1].tensors), strict=True):
+        torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
+    assert torch.equal(v, parts()[2])
+
+
+def test_heads_that_lie_apart_are_left_to_the_layer() -> None:
+    backend, q = TritonAttention(SPEC), torch.zeros(3, 20, 6).transpose(1, 2)
+    cache = LayerCache(0, tuple(torch.zeros((4, *t.shape)) for t in backend.state_shapes()))
+    k, v = torch.zeros(3, 2, 20), torch.zeros(3, 2, 20)
+    meta = backend.prepare(_batch([(3, 1)] * 3, 1))
+    assert not backend.norm_rope_write(q, k, v, cache, meta, torch.zeros(9, 20), torch.zeros(3, dtype=torch.int64), None, None, 0.0)
 
 
 @given(rows=st.lists(st.tuples(st.integers(0, 90), st.integers(1, 20)), min_size=1, max_size=3), block_tokens=st.integers(1, 20),
@@ -134,4 +184,4 @@ def test_every_kernel_compiles_for_both_architectures() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, str(ROOT / "scripts" / "compile_gpu_kernels")], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert all(done.stdout.count(f"sm_{c}") >= 5 for c in (80, 90)), done.stdout
+    assert all(done.stdout.count(f"sm_{c}") >= 8 for c in (80, 90)), done.stdout

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvloom.interfaces import Worker
+
 UNLIMITED_BYTES = 2**60
 """Limits from here on mean none: version 1 writes "no limit" as a number near 2**63."""
 
@@ -66,9 +68,9 @@ def trim_heap() -> None:
         trim(0)
 
 
-def held_bytes(worker: object) -> int:
-    """For ``Executor.call``: anonymous memory of the worker's process."""
-    return host_memory().own_bytes
+def held_bytes(worker: Worker) -> int:
+    """For ``Executor.call``: see `Worker.held_bytes`."""
+    return worker.held_bytes
 
 
 def _group_limits(root: Path) -> Iterator[tuple[int, int]]:

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from kvloom_kernels.attention import Scores
-from kvloom_kernels.gpu.attend import attend_kernel, join_kernel, write_kernel
+from kvloom_kernels.gpu.attend import attend_kernel, join_kernel, norm_rope_write_kernel, write_kernel
 from kvloom_kernels.plan import refuse_recording
 
 KEYS = 32
@@ -32,6 +32,29 @@ def paged_write(new: Tensor, cache: Tensor, slots: Tensor) -> None:
     if tokens:
         write_kernel[(tokens, heads)](new, cache, slots, new.stride(0), heads, DIM=dim, BLOCK_TOKENS=cache.shape[2],
                                       DIM_PAD=triton.next_power_of_2(dim))
+
+
+def norm_rope_write_gpu(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, table: Tensor,
+                        positions: Tensor, norms: tuple[Tensor, Tensor] | None, eps: float) -> None:
+    """Per-head norms and rotation, in place on q and k, and k and v to their slots, in one launch.
+
+    Args:
+        q, k, v: ``[T, heads, D]`` each, heads side by side, tokens at any stride.
+        slots: ``[T]`` int64.
+        table: ``[max_model_len, Dr]`` float32, contiguous, see `kvloom.layers.Rotation`.
+        positions: ``[T]`` int64.
+        norms: ``[D]`` weights for q and k, of their dtype; None: no norms.
+    """
+    refuse_recording("a Triton kernel")
+    tokens, heads, dim = q.shape
+    kv_heads, value_dim, half = k.shape[1], v.shape[2], table.shape[1] // 2
+    if tokens:
+        q_norm, k_norm = norms or (q, k)
+        norm_rope_write_kernel[(tokens, heads + kv_heads)](
+            q, k, v, k_cache, v_cache, slots, table, positions, q_norm, k_norm, q.stride(0), k.stride(0), v.stride(0), heads, kv_heads,
+            eps, DIM=dim, VALUE_DIM=value_dim, HALF=half, BLOCK_TOKENS=k_cache.shape[2], NORMED=norms is not None,
+            HALF_PAD=triton.next_power_of_2(half), REST_PAD=triton.next_power_of_2(max(1, dim - 2 * half)),
+            VALUE_PAD=triton.next_power_of_2(value_dim))
 
 
 def paged_attention_gpu(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, query_starts: Tensor, context_tokens: Tensor,
