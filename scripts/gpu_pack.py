@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 import tomllib
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -117,17 +116,15 @@ def stale(wheel: Path) -> str | None:
     return None
 
 
-def install(folder: Path) -> Path:
-    """Install the wheels for this interpreter, beside what it has; the folder for ``PYTHONPATH``."""
+def install(folder: Path, target: Path) -> None:
+    """Unpack the wheels for this interpreter into `target`, a folder for ``PYTHONPATH``: what is installed stays as it is."""
     wheels = sorted(folder.glob("*.whl"))
     ours = [wheel for wheel in wheels if wheel.name.startswith("kvloom-")]
     if len(ours) != 1:
         fail(f"{folder} has {len(ours)} wheels of kvloom, not one: make it with --pack")
     if (name := stale(ours[0])) is not None:
         fail(f"{ours[0].name} is not of this checkout ({name} differs): pack again")
-    target = Path(tempfile.mkdtemp(prefix="gpu-check-"))
     pip(["install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--target", str(target), *map(str, wheels)])
-    return target
 
 
 def missing(path: Sequence[str]) -> list[str]:

@@ -70,10 +70,9 @@ def parts() -> dict[str, tuple[Step, ...]]:
     }
 
 
-def environment(installed: Path | None) -> dict[str, str]:
-    """Of steps: kernels are compiled, no model is looked for on the network, and the wheels are found."""
-    path = [str(installed)] if installed is not None else []
-    path += [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+def environment(installed: Path) -> dict[str, str]:
+    """Of steps: kernels are compiled, no model is looked for on the network, and what was installed into the folder is found first."""
+    path = [str(installed), *(p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p)]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "TRITON_INTERPRET": "0", "HF_HUB_OFFLINE": "1",
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONUNBUFFERED": "1"}
 

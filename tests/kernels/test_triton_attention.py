@@ -58,7 +58,7 @@ def test_a_long_context_is_divided_among_programs(rows: list, window: int | None
 
 
 @pytest.mark.parametrize(("shape", "block_tokens"), [(shape, b) for i, shape in enumerate(HEADS) for j, b in enumerate(BLOCK_TOKENS)
-                                                    if ON_GPU or j == i % len(BLOCK_TOKENS)], ids=str)
+                                                    if j == i % len(BLOCK_TOKENS) or (ON_GPU and (i + j) % 2)], ids=str)
 def test_head_shapes_and_block_sizes(shape: tuple[int, int, int, int], block_tokens: int) -> None:
     spec = AttentionSpec(*shape, shape[2] ** -0.5, block_tokens=block_tokens, device=DEVICE)
     assert_close(Case(spec, [(33, 1), (0, 18), (2, 5)]), TritonAttention)
@@ -72,9 +72,11 @@ def test_query_heads_of_one_kv_head_in_one_tile(group: int) -> None:
 
 
 @pytest.mark.skipif(not ON_GPU, reason="a batch of real size takes the interpreter minutes: needs a GPU")
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 5e-5), ("float16", 4e-3), ("bfloat16", 3e-2)])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 8, 64), (32, 8, 128), (16, 8, 128), (16, 2, 256), (20, 20, 80), (14, 2, 96)])
-def test_batches_of_real_size(heads: int, kv_heads: int, dim: int, dtype: str, tolerance: float) -> None:
+@pytest.mark.parametrize(("dtype", "heads", "kv_heads", "dim"), [
+    *(("bfloat16", *shape) for shape in [(32, 8, 64), (32, 8, 128), (16, 8, 128), (16, 2, 256), (20, 20, 80), (14, 2, 96)]),
+    *((dtype, *shape) for dtype in ("float16", "float32") for shape in [(32, 8, 128), (16, 2, 256)])])
+def test_batches_of_real_size(dtype: str, heads: int, kv_heads: int, dim: int) -> None:
+    tolerance = {"float32": 5e-5, "float16": 4e-3, "bfloat16": 3e-2}[dtype]
     spec = AttentionSpec(heads, kv_heads, dim, dim, dim ** -0.5, dtype=dtype, cache_dtype=dtype, device=DEVICE)
     assert_close(Case(spec, [(17 * i % 3000, 1) for i in range(130)]), TritonAttention, tolerance)
     assert_close(Case(spec, [(0, 700), (2000, 512), (1023, 1), (1024, 1)]), TritonAttention, tolerance)
