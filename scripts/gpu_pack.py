@@ -25,6 +25,8 @@ PLATFORMS = ("manylinux1_x86_64", "manylinux2014_x86_64", *(f"manylinux_2_{glibc
 """pip takes wheels of exactly the platforms that are named."""
 THERE = ("torch", "triton", "transformers", "pytest", "pip")
 FOR_TESTS = ("hypothesis",)
+ALWAYS = ("typing-extensions",)
+"""Goes along though it is there: what goes along may ask for a newer one, which serves everybody."""
 MOST_BYTES = 64 * 2**20
 TARGET = {**default_environment(), "python_version": PYTHON, "python_full_version": f"{PYTHON}.0", "sys_platform": "linux",
           "platform_system": "Linux", "platform_machine": "x86_64", "implementation_name": "cpython",
@@ -56,9 +58,9 @@ def needed_by(name: str) -> set[str]:
 
 def plan() -> list[str]:
     """``name==version`` of every package that goes along. What is there is not looked into: its needs vary with its version."""
-    there = {*THERE, *(need for name in THERE for need in needed_by(name))}
+    there = {*THERE, *(need for name in THERE for need in needed_by(name))} - {*ALWAYS}
     found: dict[str, str] = {}
-    waiting = ["kvloom", *FOR_TESTS]
+    waiting = ["kvloom", *FOR_TESTS, *ALWAYS]
     while waiting:
         name = waiting.pop()
         if name in found or name in there:
@@ -109,7 +111,7 @@ def stale(wheel: Path) -> str | None:
     with zipfile.ZipFile(wheel) as packed:
         inside = {name: packed.read(name) for name in packed.namelist() if ".dist-info/" not in name}
     here = {f"{Path(package).name}/{file.relative_to(ROOT / package).as_posix()}": file for package in packages
-            for file in (ROOT / package).rglob("*.py")}
+            for file in (ROOT / package).rglob("*") if file.suffix in (".py", ".cpp", ".h")}
     for name in sorted(here.keys() | inside.keys()):
         if name not in inside or (name in here and here[name].read_bytes() != inside[name]):
             return name

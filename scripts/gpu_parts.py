@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -117,17 +117,17 @@ def of_pytest(file: Path, seconds: float) -> Section:
                    tuple(names) or (() if passed else ("no test ran",)))
 
 
-def run_parts(names: Sequence[str], folder: Path, env: Mapping[str, str], all_s: float = ALL_S) -> list[Done]:
+def run_parts(names: Sequence[str], folder: Path, env: Mapping[str, str], all_s: float = ALL_S) -> Iterator[Done]:
     """Run the steps of these parts one after the other, as long as there is time."""
-    begun, done = time.monotonic(), []
+    begun = time.monotonic()
     for name, steps in parts().items():
         for step in steps if name in names else ():
             left_s = all_s - (time.monotonic() - begun)
             print(f"{name}: {step.name} ...", flush=True)
-            done.append(run_step(step, folder, env, min(step.limit_s, left_s)) if left_s > 1
-                        else Done(step.name, f"not run: all parts together have {all_s:.0f} s", 0.0))
-            print(f"{name}: {step.name}: {done[-1].problem or 'done'} ({done[-1].seconds:.0f} s)", flush=True)
-    return done
+            done = (run_step(step, folder, env, min(step.limit_s, left_s)) if left_s > 1
+                    else Done(step.name, f"not run: all parts together have {all_s:.0f} s", 0.0))
+            print(f"{name}: {step.name}: {done.problem or 'done'} ({done.seconds:.0f} s)", flush=True)
+            yield done
 
 
 def failed(done: Done) -> bool:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
@@ -65,9 +66,10 @@ def test_a_wrong_call_is_refused_before_anything_runs(arguments: list, says: str
 
 def test_what_the_target_lacks_goes_along_and_nothing_that_it_has() -> None:
     names = {entry.split("==")[0] for entry in gpu_pack.plan()}
-    assert {"pydantic", "pydantic-core", "annotated-types", "structlog", "importlib-metadata", "zipp", "msgpack", "hypothesis"} <= names
+    assert {"pydantic", "pydantic-core", "annotated-types", "structlog", "importlib-metadata", "zipp", "msgpack", "hypothesis",
+            "typing-extensions"} <= names
     assert names.isdisjoint({"kvloom", "torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface-hub", "numpy", "pytest",
-                             "pluggy", "jinja2", "pyyaml", "tqdm", "typing-extensions"})
+                             "pluggy", "jinja2", "pyyaml", "tqdm"})
     assert len(names) < 25
 
 
@@ -124,7 +126,7 @@ def wheel_of_this_checkout(file: Path, change: dict[str, bytes | None]) -> Path:
     with zipfile.ZipFile(file, "w") as wheel:
         wheel.writestr("kvloom-0.1.0.dist-info/METADATA", "Name: kvloom")
         for package in packages:
-            for path in sorted((ROOT / package).rglob("*.py")):
+            for path in sorted(p for p in (ROOT / package).rglob("*") if p.suffix in (".py", ".cpp", ".h")):
                 name = f"{Path(package).name}/{path.relative_to(ROOT / package).as_posix()}"
                 content = change.get(name, path.read_bytes())
                 if content is not None:
@@ -136,6 +138,8 @@ def test_a_wheel_of_another_state_of_the_checkout_is_noticed(tmp_path: Path) -> 
     assert gpu_pack.stale(wheel_of_this_checkout(tmp_path / "same.whl", {})) is None
     assert gpu_pack.stale(wheel_of_this_checkout(tmp_path / "old.whl", {"kvloom/llm.py": b"pass"})) == "kvloom/llm.py"
     assert gpu_pack.stale(wheel_of_this_checkout(tmp_path / "less.whl", {"kvloom_models/llama.py": None})) == "kvloom_models/llama.py"
+    kernel = f"kvloom_kernels/cpp/{sorted((ROOT / 'kernels/kvloom_kernels/cpp').glob('*.cpp'))[0].name}"
+    assert gpu_pack.stale(wheel_of_this_checkout(tmp_path / "kernel.whl", {kernel: b"//"})) == kernel
 
 
 def test_a_folder_without_one_wheel_of_ours_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -225,10 +229,10 @@ def test_all_parts_together_stay_within_8_minutes(tmp_path: Path, monkeypatch: p
     assert sum(s.limit_s for steps in gpu_parts.parts().values() for s in steps) <= gpu_parts.ALL_S <= 480
     slow = {"one": (Step("first", ("-c", "import time; time.sleep(60)"), 60), Step("second", ("-c", "pass"), 60)), "two": ()}
     monkeypatch.setattr(gpu_parts, "parts", lambda: slow)
-    first, second = gpu_parts.run_parts(["one", "two"], tmp_path, dict(os.environ), 2.5)
+    first, second = gpu_parts.run_parts(["two", "one"], tmp_path, dict(os.environ), 2.5)
     assert first.problem == "not done in 2 s"
     assert "not run" in second.problem
-    assert gpu_parts.run_parts(["two"], tmp_path, dict(os.environ)) == []
+    assert list(gpu_parts.run_parts(["two"], tmp_path, dict(os.environ))) == []
 
 
 def test_every_step_is_a_file_that_there_is() -> None:
@@ -276,3 +280,33 @@ print(script.usage(script.compiled(wide, 90)).stack_bytes)
     complaints, stack_bytes = done.stdout.splitlines()
     assert json.loads(complaints) == ["", "spills", f"more than {163 * 1024} bytes of shared memory", ""]
     assert int(stack_bytes) > 0, "tiles that no registers hold are seen to spill"
+
+
+def test_results_are_written_as_they_come_and_the_exit_code_says_whether_all_is_well(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    module, file = script_module("gpu_check"), tmp_path / "results.md"
+    steps: list[Done] = []
+
+    def run_parts(names: list[str], folder: Path, env: dict[str, str]) -> Iterator[Done]:
+        for done in steps:
+            yield done
+            assert done.name in file.read_text()
+
+    for name, value in (("need_gpu", lambda program: None), ("description", lambda: "a card"), ("run_parts", run_parts)):
+        monkeypatch.setattr(module, name, value)
+    steps += [Done("first", "", 1.0, (TABLE,)), Done("second", "", 2.0, (TABLE,))]
+    assert module.main(["--write", str(file)]) == 0
+    assert file.read_text() in capsys.readouterr().out
+    steps.append(Done("third", "exit code 1", 2.0))
+    assert module.main(["bench", "--write", str(file)]) == 1
+    assert "| third | exit code 1 | 2 |" in file.read_text()
+
+
+def test_nothing_runs_where_something_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    module = script_module("gpu_check")
+    for name, value in (("need_gpu", lambda program: None), ("missing", lambda path: ["zeta is not installed"]), ("run_parts", None)):
+        monkeypatch.setattr(module, name, value)
+    with pytest.raises(SystemExit) as left:
+        module.main([])
+    assert left.value.code == 1
+    assert "zeta is not installed" in capsys.readouterr().err
