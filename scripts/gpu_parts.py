@@ -63,10 +63,10 @@ def parts() -> dict[str, tuple[Step, ...]]:
     return {
         "kernels": (Step("tests of the kernels", _pytest(), 115),),
         "exact": (Step("against transformers", _script("gpu_exact.py"), 60),),
-        "graphs": (Step("captured against call by call", _script("gpu_graphs.py"), 55),),
+        "graphs": (Step("captured against call by call", _script("gpu_graphs.py"), 75),),
         "bench": (Step("attention", _script("bench_gpu_attention"), 45),
-                  Step("decode step", _script("gpu_decode.py", "--folder", "{folder}"), 60),
-                  Step("requests at once", _script("gpu_throughput.py", "--folder", "{folder}"), 130)),
+                  Step("decode step", _script("gpu_decode.py", "--folder", "{folder}"), 50),
+                  Step("requests at once", _script("gpu_throughput.py", "--folder", "{folder}"), 120)),
     }
 
 

@@ -25,7 +25,7 @@ MODEL = "qwen3-0.6b"
 REQUESTS = 256
 LEAST_TOKENS, MOST_TOKENS = 100, 1024
 """Of a prompt, and of an output."""
-ENGINE_LIMIT_S = {"kvloom": 45, "transformers": 75}
+ENGINE_LIMIT_S = {"kvloom": 40, "transformers": 70}
 SILENT_S = 30
 """Without an answer: transformers' thread is taken to be stuck."""
 
