@@ -36,9 +36,9 @@ def split_count(programs: int, max_context_tokens: int, wanted_programs: int = 2
 
 
 def tiles(element_bytes: int, dim: int, max_query_tokens: int) -> Tiles:
-    """Keep everything in registers on sm_80 and sm_90 for heads of up to 256 elements: `scripts/compile_gpu_kernels` checks it.
-
-    Products in float32 need far more of them. Which tiles are fastest is not known: no GPU was at hand.
+    """Keep everything in registers on sm_80 and sm_90 for heads of up to 256 elements, with 4 query heads a kv head: that is what
+    `scripts/compile_gpu_kernels` checks. Other groups were seen to spill 16 bytes at most, in float32, whose products need far more
+    registers; only tiles of more than 64 heads spill more. Which tiles are fastest is not known: no GPU was at hand.
     """
     decoding = max_query_tokens == 1
     if element_bytes == 4:
