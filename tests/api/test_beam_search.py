@@ -218,6 +218,19 @@ def test_beam_search__wrong_values_are_refused_at_construction_and_at_admission(
     assert_idle(llm)
 
 
+@pytest.mark.parametrize("wrong", [SamplingParams(), None, {"beam_width": 2, "max_tokens": 3}], ids=["sampling", "none", "dict"])
+@pytest.mark.parametrize("prompts", [[], ["a"]], ids=["no prompts", "a prompt"])
+def test_beam_search__other_parameters_are_refused_with_and_without_prompts(llm: LLM, prompts: list, wrong: object) -> None:
+    for on_error in ("raise", "return"):
+        with pytest.raises(RequestTypeError, match="params must be BeamSearchParams"):
+            llm.beam_search(prompts, wrong, on_error=on_error)
+    changed = BeamSearchParams(2, 3)
+    changed.beam_width = 0
+    with pytest.raises(RequestValidationError, match="beam_width"):
+        llm.beam_search(prompts, changed)
+    assert_idle(llm)
+
+
 @pytest.mark.parametrize("args", [(), (2,), (2, 3, False, 0.0, 1.0, False, True, 1)])
 def test_beam_search__missing_and_surplus_arguments_are_type_errors(args: tuple) -> None:
     with pytest.raises(TypeError):
