@@ -15,9 +15,12 @@ namespace {
 constexpr int MAX_ROWS = 64;   // query rows of an item: enough to use each key load, small enough for the first-level cache
 constexpr int64_t CHUNK = 512;  // keys that are summed up for themselves; some whole rounds
 constexpr int MAX_SPLIT_ROWS = 16;
+#ifdef HAS_TILES
+static_assert(RoundByTiles::GROUPS_AT_ONCE * LANES == CHUNK, "its sums begin at nothing in each round");
+#endif
 
 struct Item {
-    int64_t row, kv_head, first_token, num_tokens;  // tokens of the row's range
+    int64_t row, kv_head, num_heads, first_token, num_tokens;  // kv heads, and tokens of the row's range
 };
 
 // Key positions that a query at `position` sees: [first, last).
@@ -54,7 +57,7 @@ template <class T, class Round> struct Cache {
         if (!is_whole) return copied(position, from, to, copies.data() + place * group_elements);
         // The table jumps about: the hardware cannot guess what is read next.
         bool follows = position + ROUND < end;
-        return {keys_at(position), values_at(position), s.block_tokens * SIDE, from, to,
+        return {keys_at(position), values_at(position), s.block_tokens * SIDE, key_elements, value_elements, from, to,
                 follows ? keys_at(position + ROUND) : nullptr, follows ? values_at(position + ROUND) : nullptr};
     }
 
@@ -72,7 +75,7 @@ template <class T, class Round> struct Cache {
                 to_values[(i / SIDE * s.value_dim + d) * SIDE + i % SIDE] =
                     values(block)[(offset / SIDE * s.value_dim + d) * SIDE + offset % SIDE];
         }
-        return {to_keys, to_values, LANES * SIDE, from, to, nullptr, nullptr};
+        return {to_keys, to_values, LANES * SIDE, 0, 0, from, to, nullptr, nullptr};
     }
 };
 
@@ -110,8 +113,16 @@ inline void fold(float& best, float& total, float* out, float chunk_best, float 
     best = most;
 }
 
+// Rows of an item are those of its first head, token by token, then those of the next.
+inline void place_of(const Attend& s, const Item& item, int m, int64_t& token, int64_t& head) {
+    int64_t group = s.heads / s.kv_heads, rows = item.num_tokens * group;
+    token = item.first_token + m % rows / group;
+    head = (item.kv_head + m / rows) * group + m % group;
+}
+
 template <class T> void put_row(const Attend& s, const Item& item, int m, float best, float total, const float* sums) {
-    int64_t group = s.heads / s.kv_heads, token = item.first_token + m / group, head = item.kv_head * group + m % group;
+    int64_t token, head;
+    place_of(s, item, m, token, head);
     float factor = 1.0f;
     if (s.sinks) {
         float most = best > s.sinks[head] ? best : s.sinks[head];
@@ -126,13 +137,15 @@ template <class T> void put_row(const Attend& s, const Item& item, int m, float 
 template <class T> void read_queries(const Attend& s, const Item& item, int64_t row_unit, Rows<T>& w) {
     int64_t group = s.heads / s.kv_heads, start = s.query_starts[item.row], context = s.contexts[item.row];
     int64_t tokens = s.query_starts[item.row + 1] - start;
-    w.count = int(item.num_tokens * group);
+    w.heads = int(item.num_heads);
+    w.count = int(item.num_heads * item.num_tokens * group);
     w.q_steps = whole(s.dim, Pairs<T>::SIDE) / Pairs<T>::SIDE;
     w.q.resize(whole(w.count, row_unit) * w.q_steps);
     w.first.resize(w.count);
     w.last.resize(w.count);
     for (int m = 0; m < w.count; m++) {
-        int64_t token = item.first_token + m / group, head = item.kv_head * group + m % group;
+        int64_t token, head;
+        place_of(s, item, m, token, head);
         int64_t position = context - tokens + token;
         w.first[m] = first_seen(s, position);
         w.last[m] = last_seen(s, position, context);
@@ -211,21 +224,31 @@ inline std::vector<Parts> share_out(const Attend& s, const std::vector<Item>& it
     for (size_t i = 0; i < items.size(); i++) {
         Parts p{(std::atomic<int32_t>*)s.workspace + i, (float*)((char*)s.workspace + header) + used, 0, 0, row_floats};
         chunks_of(s, items[i], p.first_chunk, p.chunks);
-        used += p.chunks * items[i].num_tokens * group * row_floats;
+        used += p.chunks * items[i].num_heads * items[i].num_tokens * group * row_floats;
         if (items[i].num_tokens * group > MAX_SPLIT_ROWS || header + used * 4 > s.workspace_bytes) return {};
         parts.push_back(p);
     }
     return parts;
 }
 
+// Heads that one item reads. Those of a block lie side by side, and memory is read the faster the more lies together: rows of one token
+// take as many as there are rows in a tile, unless that leaves too few items for the threads.
+inline int64_t heads_at_once(const Attend& s, int threads) {
+    int64_t most = MAX_SPLIT_ROWS / (s.heads / s.kv_heads);
+    if (s.query_starts[s.rows] > s.rows || s.block_tokens % LANES || most < 2) return 1;
+    int64_t items = (s.kv_heads + most - 1) / most;  // of a row
+    return s.rows * items < 4 * threads ? 1 : (s.kv_heads + items - 1) / items;
+}
+
 template <class T, class Round> void attend(const Attend& s, const Team& team) {
     std::vector<Item> items;
-    int64_t group = s.heads / s.kv_heads, most = MAX_ROWS / group > 0 ? MAX_ROWS / group : 1;
+    int64_t group = s.heads / s.kv_heads, most = MAX_ROWS / group > 0 ? MAX_ROWS / group : 1, heads = heads_at_once(s, team.size);
     for (int64_t row = 0; row < s.rows; row++) {
         int64_t tokens = s.query_starts[row + 1] - s.query_starts[row];
         for (int64_t first = 0; first < tokens; first += most)
-            for (int64_t head = 0; head < s.kv_heads; head++)
-                items.push_back({row, head, first, tokens - first < most ? tokens - first : most});
+            for (int64_t head = 0; head < s.kv_heads; head += heads)
+                items.push_back({row, head, s.kv_heads - head < heads ? s.kv_heads - head : heads, first,
+                                 tokens - first < most ? tokens - first : most});
     }
     std::vector<Parts> parts = share_out(s, items, team.size);
     std::vector<Job> jobs;

@@ -27,13 +27,21 @@ inline int64_t row_width(const Attend& s) { return whole(s.value_dim, LANES); }
 template <class T> struct Keys {
     const T *keys, *values;
     int64_t stride;  // elements from one step of `keys` to the next
+    int64_t head_keys, head_values;  // elements from one head to the next, where an item has several
     int from, to;
     const T *next_keys, *next_values;  // what will be read one round later: fetched line by line meanwhile; or null
+
+    Keys of_head(int h) const {
+        Keys out = *this;
+        out.keys += h * head_keys, out.values += h * head_values;
+        if (next_keys) out.next_keys += h * head_keys, out.next_values += h * head_values;
+        return out;
+    }
 };
 
 // An item's rows: what they are, and the sums of one chunk.
 template <class T> struct Rows {
-    int count;
+    int count, heads;  // heads that the rows are of, each the same number
     int64_t q_steps;
     std::vector<typename Pairs<T>::Scalar> q;  // [rows][steps]
     std::vector<int64_t> first, last;
@@ -167,11 +175,21 @@ template <class T> struct RoundByVectors {
     static constexpr int64_t ROW_UNIT = 1;  // rows that the buffers are padded to
 
     void operator()(const Attend& s, Rows<T>& w, const Keys<T>* groups, int count, const int64_t* positions) {
-        int m = 0;
-        for (; m + 4 <= w.count; m += 4) one_round<T, 4>(s, w, m, groups, count, positions);
-        if (w.count - m == 3) one_round<T, 3>(s, w, m, groups, count, positions);
-        if (w.count - m == 2) one_round<T, 2>(s, w, m, groups, count, positions);
-        if (w.count - m == 1) one_round<T, 1>(s, w, m, groups, count, positions);
+        int rows = w.count / w.heads;
+        head(s, w, 0, rows, groups, count, positions);
+        Keys<T> of_head[GROUPS];
+        for (int h = 1; h < w.heads; h++) {
+            for (int g = 0; g < count; g++) of_head[g] = groups[g].of_head(h);
+            head(s, w, h * rows, (h + 1) * rows, of_head, count, positions);
+        }
+    }
+
+private:
+    static void head(const Attend& s, Rows<T>& w, int m, int end, const Keys<T>* groups, int count, const int64_t* positions) {
+        for (; m + 4 <= end; m += 4) one_round<T, 4>(s, w, m, groups, count, positions);
+        if (end - m == 3) one_round<T, 3>(s, w, m, groups, count, positions);
+        if (end - m == 2) one_round<T, 2>(s, w, m, groups, count, positions);
+        if (end - m == 1) one_round<T, 1>(s, w, m, groups, count, positions);
     }
 };
 
