@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding as lookup_reference
 from torch.nn.functional import linear as linear_reference
+from torch.nn.functional import pad
 
 from kvloom_kernels.activation import Finish, gated_mul, gated_mul_reference
 from kvloom_kernels.call import is_native, pointer
@@ -69,6 +70,14 @@ def panel_features() -> int:
     """Output features that a packed weight keeps together."""
     count: int = library().kvloom_panel_features()
     return count
+
+
+def pack_reference(weight: Tensor, features: int) -> Tensor:
+    """See `pack`: panels of so many output features, ``[out / features, in / S, features, S]`` in one axis, where S is 2 for bfloat16
+    and 1 for float32, and what is beyond out or in is 0."""
+    side = 4 // weight.element_size()
+    padded = pad(weight, (0, -weight.shape[1] % side, 0, -weight.shape[0] % features))
+    return padded.reshape(-1, features, padded.shape[1] // side, side).transpose(1, 2).flatten()
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -137,8 +146,8 @@ def lookup(token_ids: Tensor, table: Tensor, shape: WeightShape | None = None) -
     """
     if not is_native(table):
         return lookup_reference(token_ids, table)
-    width = table.shape[1] if shape is None else shape.in_features
+    width, token_ids = table.shape[1] if shape is None else shape.in_features, token_ids.contiguous()
     out = empty((token_ids.shape[0], width), table.dtype)
-    run("kvloom_lookup", _Lookup(pointer(token_ids.contiguous()), pointer(table), pointer(out), token_ids.shape[0], width,
+    run("kvloom_lookup", _Lookup(pointer(token_ids), pointer(table), pointer(out), token_ids.shape[0], width,
                                  table.dtype is torch.bfloat16, shape is not None))
     return out
