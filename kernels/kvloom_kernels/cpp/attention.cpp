@@ -113,16 +113,16 @@ inline void fold(float& best, float& total, float* out, float chunk_best, float 
     best = most;
 }
 
-// Rows of an item are those of its first head, token by token, then those of the next.
-inline void place_of(const Attend& s, const Item& item, int m, int64_t& token, int64_t& head) {
-    int64_t group = s.heads / s.kv_heads, rows = item.num_tokens * group;
-    token = item.first_token + m % rows / group;
-    head = (item.kv_head + m / rows) * group + m % group;
+// Calls each(m, token, head) for the rows of an item: those of its first head, token by token, then those of the next.
+template <class Each> inline void for_rows(const Attend& s, const Item& item, Each each) {
+    int64_t group = s.heads / s.kv_heads;
+    int m = 0;
+    for (int64_t kv_head = item.kv_head; kv_head < item.kv_head + item.num_heads; kv_head++)
+        for (int64_t token = item.first_token; token < item.first_token + item.num_tokens; token++)
+            for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) each(m++, token, head);
 }
 
-template <class T> void put_row(const Attend& s, const Item& item, int m, float best, float total, const float* sums) {
-    int64_t token, head;
-    place_of(s, item, m, token, head);
+template <class T> void put_row(const Attend& s, const Item& item, int64_t token, int64_t head, float best, float total, const float* sums) {
     float factor = 1.0f;
     if (s.sinks) {
         float most = best > s.sinks[head] ? best : s.sinks[head];
@@ -135,39 +135,50 @@ template <class T> void put_row(const Attend& s, const Item& item, int m, float 
 }
 
 template <class T> void read_queries(const Attend& s, const Item& item, int64_t row_unit, Rows<T>& w) {
-    int64_t group = s.heads / s.kv_heads, start = s.query_starts[item.row], context = s.contexts[item.row];
+    int64_t start = s.query_starts[item.row], context = s.contexts[item.row];
     int64_t tokens = s.query_starts[item.row + 1] - start;
     w.heads = int(item.num_heads);
-    w.count = int(item.num_heads * item.num_tokens * group);
+    w.count = int(item.num_heads * item.num_tokens * (s.heads / s.kv_heads));
     w.q_steps = whole(s.dim, Pairs<T>::SIDE) / Pairs<T>::SIDE;
     w.q.resize(whole(w.count, row_unit) * w.q_steps);
     w.first.resize(w.count);
     w.last.resize(w.count);
-    for (int m = 0; m < w.count; m++) {
-        int64_t token, head;
-        place_of(s, item, m, token, head);
+    for_rows(s, item, [&](int m, int64_t token, int64_t head) {
         int64_t position = context - tokens + token;
         w.first[m] = first_seen(s, position);
         w.last[m] = last_seen(s, position, context);
         const T* from = (const T*)s.q + (start + token) * s.q_stride + head * s.dim;
-        for (int64_t i = 0; i < w.q_steps; i++) w.q[m * w.q_steps + i] = Pairs<T>::get(from, i, s.dim);
-    }
+        auto* to = w.q.data() + m * w.q_steps;
+        if (s.dim % Pairs<T>::SIDE == 0)
+            std::memcpy(to, from, s.dim * sizeof(T));
+        else
+            for (int64_t i = 0; i < w.q_steps; i++) to[i] = Pairs<T>::get(from, i, s.dim);
+    });
 }
 
 // One item from its first chunk to its last.
 template <class T, class Round> void compute(const Attend& s, const Item& item, Rows<T>& w, Round& round) {
     read_queries<T>(s, item, Round::ROW_UNIT, w);
-    int64_t width = row_width(s), end = w.last[w.count - 1];
+    int64_t width = row_width(s), begin = w.first[0] / CHUNK * CHUNK, end = w.last[w.count - 1];
+    Cache<T, Round> cache(s, item.row, item.kv_head);
+    if (begin + CHUNK >= end) {
+        sum_chunk(s, w, round, cache, begin, begin + CHUNK);
+        for_rows(s, item, [&](int m, int64_t token, int64_t head) {
+            put_row<T>(s, item, token, head, w.best[m], w.total[m], w.out.data() + m * width);
+        });
+        return;
+    }
     w.all_best.assign(w.count, NONE);
     w.all_total.assign(w.count, 0.0f);
     w.all_out.assign(w.count * width, 0.0f);
-    Cache<T, Round> cache(s, item.row, item.kv_head);
-    for (int64_t begin = w.first[0] / CHUNK * CHUNK; begin < end; begin += CHUNK) {
+    for (; begin < end; begin += CHUNK) {
         sum_chunk(s, w, round, cache, begin, begin + CHUNK);
         for (int m = 0; m < w.count; m++)
             fold(w.all_best[m], w.all_total[m], w.all_out.data() + m * width, w.best[m], w.total[m], w.out.data() + m * width, width);
     }
-    for (int m = 0; m < w.count; m++) put_row<T>(s, item, m, w.all_best[m], w.all_total[m], w.all_out.data() + m * width);
+    for_rows(s, item, [&](int m, int64_t token, int64_t head) {
+        put_row<T>(s, item, token, head, w.all_best[m], w.all_total[m], w.all_out.data() + m * width);
+    });
 }
 
 struct Job {
@@ -196,16 +207,15 @@ void compute_part(const Attend& s, const Item& item, const Parts& parts, int64_t
     }
     if (parts.done->fetch_add(1, std::memory_order_acq_rel) + 1 < parts.chunks) return;
     parts.done->store(0, std::memory_order_relaxed);
-    w.all_out.resize(width);
-    for (int m = 0; m < w.count; m++) {
+    for_rows(s, item, [&](int m, int64_t token, int64_t head) {
         float best = NONE, total = 0.0f;
         w.all_out.assign(width, 0.0f);
         for (int64_t c = 0; c < parts.chunks; c++) {
             const float* part = parts.sums + c * size + m * parts.row_floats;
             fold(best, total, w.all_out.data(), part[0], part[1], part + LANES, width);
         }
-        put_row<T>(s, item, m, best, total, w.all_out.data());
-    }
+        put_row<T>(s, item, token, head, best, total, w.all_out.data());
+    });
 }
 
 // The chunks that an item's rows see.
