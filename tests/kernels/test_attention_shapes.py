@@ -85,7 +85,7 @@ def test_paged_attention_with_windows_and_soft_caps(dtype: torch.dtype, dim: int
 @EACH_DTYPE
 @pytest.mark.parametrize("block_tokens", [1, 2, 5, 8, 24, 32, 64])
 @pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (7, 5), (80, 48), (128, 96)])
-def test_paged_attention_at_the_borders_of_blocks(dtype: torch.dtype, block_tokens: int, dim: int, value_dim: int, threads: int) -> None:
+def test_paged_attention_at_the_borders_of_blocks(dtype: torch.dtype, block_tokens: int, dim: int, value_dim: int) -> None:
     contexts = {1, max(1, block_tokens - 1), block_tokens, block_tokens + 1, 3 * block_tokens, 700}
     rows = [(context, new) for context in sorted(contexts) for new in (1, 2, 7) if new <= context]
     assert_paged(rows, Scores(PEAK * dim**-0.5), dtype, 3, dim, value_dim, block_tokens)
@@ -93,17 +93,17 @@ def test_paged_attention_at_the_borders_of_blocks(dtype: torch.dtype, block_toke
 
 @EACH_DTYPE
 @pytest.mark.parametrize("group", [1, 3, 5, 8, 20])
-@pytest.mark.parametrize("soft_cap", [None, 4.0])
-@pytest.mark.parametrize("context", [1025, 5000])
-def test_paged_attention_of_one_long_context(dtype: torch.dtype, group: int, soft_cap: float | None, context: int, threads: int) -> None:
-    assert_paged([(context, 1)], Scores(PEAK / 8, None, soft_cap), dtype, group, 64, 64, BLOCK, kv_heads=1)
-    assert_paged([(context, 1), (context - 512, 5)], Scores(PEAK / 8, 1100, soft_cap), dtype, group, 64, 64, BLOCK, kv_heads=3)
+@pytest.mark.parametrize(("context", "soft_cap", "block_tokens"), [(1025, None, BLOCK), (1300, None, 24), (5000, 4.0, BLOCK)])
+def test_paged_attention_of_one_long_context(dtype: torch.dtype, group: int, soft_cap: float | None, context: int, block_tokens: int,
+                                             threads: int) -> None:
+    assert_paged([(context, 1)], Scores(PEAK / 8, None, soft_cap), dtype, group, 64, 64, block_tokens, kv_heads=1)
+    assert_paged([(context, 1), (context - 512, 5)], Scores(PEAK / 8, 1100, soft_cap), dtype, group, 64, 64, block_tokens, kv_heads=3)
 
 
 @EACH_DTYPE
 @pytest.mark.parametrize("window", [None, 9, 100])
 @pytest.mark.parametrize("soft_cap", [None, 4.0])
-def test_paged_attention_that_sees_what_comes_after(dtype: torch.dtype, window: int | None, soft_cap: float | None, threads: int) -> None:
+def test_paged_attention_that_sees_what_comes_after(dtype: torch.dtype, window: int | None, soft_cap: float | None) -> None:
     rows = [(tokens, tokens) for tokens in (1, BLOCK - 1, BLOCK, BLOCK + 1, 530)]
     assert_paged(rows, Scores(PEAK / 8, window, soft_cap, causal=False), dtype, 3, 64, 64, BLOCK)
 
