@@ -122,10 +122,13 @@ def product(x: Tensor, packed: Tensor, shape: WeightShape, bias: Tensor | None =
         ``[T, out]``, or ``[T, out / 2]`` of an activated gated product.
 
     Raises:
-        ValueError: x or the weight is not what `shape` says.
+        ValueError: x, the weight or the bias is not what `shape` says.
     """
     if x.shape[-1] != shape.in_features or x.dtype is not packed.dtype or packed.numel() != packed_elements(shape, packed.dtype):
         raise ValueError(f"{tuple(x.shape)} {x.dtype} cannot be multiplied with {packed.numel()} packed {packed.dtype} of {shape}")
+    if bias is not None and (bias.dtype is not x.dtype or bias.shape != shape[:1]):
+        raise ValueError(f"{tuple(bias.shape)} {bias.dtype} is no bias of {shape.out_features} {x.dtype} features")
+    bias = None if bias is None else bias.contiguous()
     if x.stride(-1) != 1:
         x = x.contiguous()
     if finish and shape.out_features // 2 % panel_features():  # the halves have no panels of their own

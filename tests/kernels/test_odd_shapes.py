@@ -227,6 +227,35 @@ def test_logprobs_over_views(dtype: torch.dtype, size: int) -> None:
             assert torch.equal(found.ranks, expected.ranks)
 
 
+@EACH_DTYPE
+def test_weights_that_are_views(dtype: torch.dtype) -> None:
+    x, weight, wide = random(5, 33, dtype=dtype), random(20, 33, dtype=dtype, seed=1), random(66, dtype=dtype, seed=2)
+    found = product(x, pack(weight.clone()), WeightShape(20, 33), wide[:40:2])
+    assert_close(found, product_reference(x, weight, wide[:40:2]), 33)
+    assert_close(rms_norm(x, wide[::2], 1e-5), rms_norm_reference(x, wide[::2], 1e-5), 4)
+    assert_close(rms_norm_add(x, x, wide[::2], 1e-5)[0], rms_norm_reference(x + x, wide[::2], 1e-5), 4)
+
+
+@EACH_DTYPE
+def test_no_rows_give_no_rows(dtype: torch.dtype) -> None:
+    x, weight = torch.zeros(0, 32, dtype=dtype), random(8, 32, dtype=dtype)
+    assert product(x, pack(weight.clone()), WeightShape(8, 32)).shape == (0, 8)
+    assert lookup(torch.zeros(0, dtype=torch.int64), weight).shape == rms_norm(x, weight[0], 1e-5).shape == (0, 32)
+    assert gated_mul(x, Finish.SILU).shape == (0, 16)
+    assert best(torch.zeros(0, 7))[1].shape == (0,)
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda x: product(x, pack(torch.ones(3, 9)), WeightShape(3, 9), torch.ones(2)), r"\(2,\) torch.float32 is no bias of 3 torch.float32 features"),
+    (lambda x: product(x, pack(torch.ones(3, 9)), WeightShape(3, 9), torch.ones(3).bfloat16()), "torch.bfloat16 is no bias"),
+    (lambda x: rms_norm(x, torch.ones(8), 1e-5), "must match"), (lambda x: rms_norm_add(x, x[:, :8], torch.ones(9), 1e-5), "must match"),
+    (lambda x: gated_mul(x, Finish.SILU), "must match"),
+], ids=["bias", "bias's dtype", "norm", "residual", "activation"])
+def test_what_would_read_out_of_bounds_is_refused(call: Callable[[torch.Tensor], object], message: str) -> None:
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        call(torch.ones(4, 9))
+
+
 @pytest.mark.parametrize("call", [
     lambda x: product(x[:, ::2], pack(torch.ones(3, 8)), WeightShape(3, 8)), lambda x: rms_norm(x[:, ::2], torch.ones(8), 1e-5),
     lambda x: gated_mul(x[:, ::2], Finish.SILU), lambda x: token_logprobs(x[:, ::2], torch.zeros(4, dtype=torch.int64), 3).logprobs,
