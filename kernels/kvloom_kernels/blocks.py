@@ -63,6 +63,12 @@ def _copy_on_host(tensors: Sequence[Tensor], pairs: Sequence[Pair]) -> None:
     run("kvloom_copy_blocks", _Copies(*(ctypes.addressof(array) for array in (starts, sizes, flat)), count, len(pairs)))
 
 
+def touch_reference(tensors: Sequence[Tensor]) -> None:
+    """A zero at the beginning of each page of each tensor's memory."""
+    for tensor in tensors:
+        tensor.view(-1).view(torch.uint8)[::mmap.PAGESIZE] = 0
+
+
 def touch(tensors: Sequence[Tensor]) -> None:
     """Use the memory of contiguous tensors on the CPU, which hold nothing but zeros, for the first time, all threads together. Without
     the C++ kernels nothing is done: pages come with what is written."""
