@@ -28,7 +28,7 @@ struct Norm {
 };
 
 template <class T> void norm(const Norm& n, const Team& team) {
-    for (int64_t r = team.first(n.rows); r < team.last(n.rows); r++) {
+    team.each(n.rows, [&](int64_t r) {
         const T* row = (const T*)n.x + r * n.width;
         if (n.residual) {
             T* total = (T*)n.stream + r * n.width;
@@ -39,7 +39,7 @@ template <class T> void norm(const Norm& n, const Team& team) {
             row = total;
         }
         normalise<T>(row, (const T*)n.weight, (T*)n.out + r * n.width, n.width, n.eps);
-    }
+    });
 }
 
 struct Gated {
@@ -49,13 +49,13 @@ struct Gated {
 };
 
 template <class T> void gated_mul(const Gated& g, const Team& team) {
-    for (int64_t r = team.first(g.rows); r < team.last(g.rows); r++) {
+    team.each(g.rows, [&](int64_t r) {
         const T *gate = (const T*)g.gate_up + 2 * r * g.width, *up = gate + g.width;
         for (int64_t i = 0; i < g.width; i += LANES) {
             int left = int(g.width - i);
             store_n<T>((T*)g.out + r * g.width + i, rounded<T>(activated(load_n<T>(gate + i, left), g.finish)) * load_n<T>(up + i, left), left);
         }
-    }
+    });
 }
 
 // Element i of the rotated part is paired with element i + half.
@@ -88,7 +88,7 @@ struct Write {
 template <class T> void norm_rope_write(const Write& w, const Team& team) {
     constexpr int64_t SIDE = sizeof(T) == 2 ? 2 : 1;
     int64_t pairs = (w.block_tokens + SIDE - 1) / SIDE, steps = (w.dim + SIDE - 1) / SIDE;
-    for (int64_t t = team.first(w.rows); t < team.last(w.rows); t++) {
+    team.each(w.rows, [&](int64_t t) {
         const float *cosines = w.table + (w.rotary_dim ? w.positions[t] * w.rotary_dim : 0), *sines = cosines + w.rotary_dim / 2;
         for (const Heads* part : {&w.q, &w.k})
             for (int64_t h = 0; h < part->count; h++) {
@@ -105,7 +105,7 @@ template <class T> void norm_rope_write(const Write& w, const Team& team) {
             T* values = (T*)w.v_cache + (block * w.k.count + h) * pairs * SIDE * w.value_dim + offset / SIDE * w.value_dim * SIDE + offset % SIDE;
             for (int64_t d = 0; d < w.value_dim; d++) values[d * SIDE] = value[d];
         }
-    }
+    });
 }
 
 }  // namespace
