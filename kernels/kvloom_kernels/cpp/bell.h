@@ -20,15 +20,14 @@ public:
     // Returns when has_come() gives true. Who makes it true calls ring() afterwards. All of that has_come reads is sequentially consistent.
     template <class HasCome> void wait(const HasCome& has_come) {
         if (has_come()) return;
-        auto until = Clock::now() + BUSY;
-        do {
+        Clock::time_point begun = Clock::now(), before = begun, now = begun;
+        for (; now - begun < BUSY && now - before < SET_ASIDE; before = now, now = Clock::now())
             for (int spins = 0; spins < 32; spins++) {
                 if (has_come()) return;
 #if defined(__x86_64__)
                 _mm_pause();
 #endif
             }
-        } while (Clock::now() < until);
         while (!has_come()) {
             uint32_t rung = rung_.load();
             sleepers_.fetch_add(1);
@@ -49,7 +48,8 @@ public:
 
 private:
     using Clock = std::chrono::steady_clock;
-    static constexpr std::chrono::microseconds BUSY{100};  // about as long as Python takes from one kernel to the next
+    static constexpr std::chrono::microseconds BUSY{1000};     // as long as a decode step's Python takes
+    static constexpr std::chrono::microseconds SET_ASIDE{200};  // without running: others want this core
     alignas(64) std::atomic<int> sleepers_{0};  // at least as many as sleep and were not woken
     std::atomic<uint32_t> rung_{0};
 
