@@ -81,7 +81,7 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
                 config.model.seed, str(source.directory), source.config.vocab_size, source.max_model_len, config.features.max_logprobs,
                 limits.cached, EndTokens.of(source.end_token_ids, tokenizer), tokenizer, pipeline, executor.call(_extra_inputs)[0],
                 grammars, _pooling_rules(plugins, source.pooling, executor, source.config.vocab_size))
-        notes = (f"task: {source.task}", f"dtype: {dtype_name(source.dtype)}", f"threads: {_threads()}", *report.notes, *plugins.notes)
+        notes = (f"task: {source.task}", f"dtype: {dtype_name(source.dtype)}", *report.notes, *plugins.notes)
         start = StartReport(tuple(timer.phases), timer.elapsed_s, plan.num_blocks, plan.capacity_tokens, notes)
         running = RunningEngine(config, engine, executor, plugins, rules, source.defaults, plan, start)
     except BaseException:
@@ -121,12 +121,6 @@ def _pooling_rules(plugins: PluginSet, plan: PoolingPlan | None, executor: Execu
     except RequestValidationError as error:
         raise ConfigError(f"override_pooler_config: {error}") from error
     return rules
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
 
 
 def _policy(config: EngineConfig, plugins: PluginSet) -> SchedulingPolicy:

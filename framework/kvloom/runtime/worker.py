@@ -45,6 +45,7 @@ from kvloom.runtime.offload import HostWeights, layers_to_offload, offload, weig
 from kvloom.runtime.pooling import PoolerSet, PoolingState, RowPooler
 from kvloom.runtime.profiling import WorkerProfiler
 from kvloom.runtime.runner import Runner
+from kvloom.runtime.threads import choose_threads
 from kvloom.runtime.weights import check_catalog, load_weights, wanted_infos, wanted_slots
 from kvloom.text.grammar_gate import find_grammar
 from kvloom.text.vocabulary import open_vocabulary
@@ -161,12 +162,12 @@ class DeviceWorker:
             CheckpointError: the files do not hold what the model needs.
         """
         began = time.perf_counter()
-        kernels = _kernels_note()
+        threads, kernels = choose_threads(), _kernels_note()
         started = time.perf_counter()
         self._plan, _ = plan_model(self._config, self._plugins, self._source, is_host=self.host_link is None)
         self._plan.check()
         planned = time.perf_counter()
-        notes = (kernels, *self._load_model())
+        notes = (threads, kernels, *self._load_model())
         done = time.perf_counter()
         return WorkerReport(self.rank, self._plan.needs.groups, self._plan.num_blocks, self._plugins.manifest.hash,
                             (("kernels", started - began), ("memory plan", planned - started), ("weights", done - planned)), notes,
