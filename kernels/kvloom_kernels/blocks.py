@@ -1,8 +1,9 @@
-"""Copies of whole KV blocks within their tensors."""
+"""Copies of whole KV blocks within their tensors, and the first use of their memory."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +19,10 @@ Pair = tuple[int, int]
 class _Copies(ctypes.Structure):
     _fields_ = (*((name, ctypes.c_void_p) for name in ("tensors", "block_bytes", "pairs")),
                 *((name, ctypes.c_int64) for name in ("count", "rows")))
+
+
+class _Pieces(ctypes.Structure):
+    _fields_ = (("starts", ctypes.c_void_p), ("bytes", ctypes.c_void_p), ("rows", ctypes.c_int64), ("page_bytes", ctypes.c_int64))
 
 
 def copy_blocks_reference(tensors: Sequence[Tensor], pairs: Sequence[Pair]) -> None:
@@ -54,6 +59,17 @@ def _copy_on_host(tensors: Sequence[Tensor], pairs: Sequence[Pair]) -> None:
     sizes = (ctypes.c_int64 * count)(*(t.nbytes // t.shape[0] for t in tensors))
     flat = (ctypes.c_int64 * (2 * len(pairs)))(*(block for pair in pairs for block in pair))
     run("kvloom_copy_blocks", _Copies(*(ctypes.addressof(array) for array in (starts, sizes, flat)), count, len(pairs)))
+
+
+def touch(tensors: Sequence[Tensor]) -> None:
+    """Use the memory of contiguous tensors on the CPU, which hold nothing but zeros, for the first time, all threads together. Without
+    the C++ kernels nothing is done: pages come with what is written."""
+    if problem() is not None:
+        return
+    count = len(tensors)
+    starts = (ctypes.c_void_p * count)(*(t.data_ptr() for t in tensors))
+    sizes = (ctypes.c_int64 * count)(*(t.nbytes for t in tensors))
+    run("kvloom_touch", _Pieces(ctypes.addressof(starts), ctypes.addressof(sizes), count, mmap.PAGESIZE))
 
 
 def _independent(pairs: Sequence[Pair]) -> list[list[Pair]]:

@@ -88,6 +88,35 @@ def test_layers_with_windows_and_others_are_recorded_together(tmp_path: Path, mo
         assert seen
 
 
+def test_a_batch_that_shrinks_records_nothing_more(small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[int] = []
+    original = PlanCapture.record
+    monkeypatch.setattr(PlanCapture, "record", lambda capture, compute, rows: (recorded.append(rows), original(capture, compute, rows))[1])
+    with LLM(str(small_checkpoint), max_num_seqs=8) as llm:
+        llm.generate(PROMPTS[:5], [SamplingParams(max_tokens=n, ignore_eos=True) for n in (2, 3, 4, 5, 6)], use_tqdm=False)
+        assert recorded == [8]
+        llm.generate(PROMPTS[:1], SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)
+        assert recorded == [8]
+
+
+def test_whoever_keeps_a_tensor_of_a_step_keeps_its_values(small_checkpoint: Path) -> None:
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        kept.extend((t, t.clone()) for t in (output if isinstance(output, tuple) else (output,)))
+
+    def watch(model: torch.nn.Module) -> None:
+        for name, module in model.named_modules():
+            if name.endswith("gate_up_proj"):
+                module.register_forward_hook(hook)
+
+    with LLM(str(small_checkpoint), dtype="float32", max_num_seqs=8, max_num_batched_tokens=16, enable_prefix_caching=False) as llm:
+        llm.apply_model(watch)
+        written(llm)
+    assert len(kept) > 20
+    assert all(torch.equal(tensor, values) for tensor, values in kept)
+
+
 def test_the_same_after_sleep(small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with LLM(str(small_checkpoint), dtype="float32", enable_sleep_mode=True) as llm:
         expected = written(llm)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvloom_kernels.blocks import copy_blocks, copy_blocks_reference
+from kvloom_kernels.blocks import copy_blocks, copy_blocks_reference, touch
 
 PAIRS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=8)
 
@@ -35,3 +37,12 @@ def test_blocks_that_are_not_there_are_refused(pair: tuple[int, int]) -> None:
     with pytest.raises(IndexError, match=r"\[0, 7\)"):
         copy_blocks(found, [(1, 2), pair])
     assert all(map(torch.equal, found, before))
+
+
+def test_touch_writes_zeros_to_each_page_of_each_tensor() -> None:
+    found = [torch.ones(n, dtype=torch.uint8) for n in (1, 5 * mmap.PAGESIZE, 3 * mmap.PAGESIZE + 1)]
+    touch(found)
+    for tensor in found:
+        expected = torch.ones_like(tensor)
+        expected[::mmap.PAGESIZE] = 0
+        assert torch.equal(tensor, expected)

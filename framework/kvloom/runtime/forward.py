@@ -16,7 +16,7 @@ from kvloom.interfaces.state import KVGroup
 from kvloom.runtime.batch import GroupIndices, StepIndices
 from kvloom.runtime.capture import PlanCapture
 from kvloom.runtime.graphs import Buffers, DecodeGraphs
-from kvloom_kernels.scratch import Arena
+from kvloom_kernels.scratch import Arena, scratch_from
 
 NO_GROUP = GroupIndices(np.zeros((0, 0), np.int32), np.zeros(0, np.int64))
 """Of layers that keep nothing."""
@@ -80,13 +80,16 @@ class Forward:
     Args:
         layers: what its layers work with.
         recorded_bytes: memory for recorded decode steps; 0 records none.
+        scratch_bytes: memory for what other steps compute; what does not fit is allocated step by step, on fresh pages.
         max_num_seqs, max_model_len: limits of steps that are recorded.
     """
 
     def __init__(self, model: Model, comm: Comm, layers: LayerState, device: torch.device, *, recorded_bytes: int = 0,
-                 max_num_seqs: int = 1, max_model_len: int = 1) -> None:
+                 scratch_bytes: int = 0, max_num_seqs: int = 1, max_model_len: int = 1) -> None:
         self._model, self._comm, self._layers, self._device = model, comm, layers, device
         self._has_unstored = bool(layers.unstored)
+        # Not that of recorded steps: whoever keeps a tensor of this one keeps its memory.
+        self._scratch = Arena(scratch_bytes) if scratch_bytes else None
         self._graphs: DecodeGraphs | None = None
         if recorded_bytes and all(b.graph_support and b.spec.stored for b in layers.backends.values()):
             widths = [-(-max_model_len // g.block_tokens) for g in layers.groups]
@@ -104,7 +107,8 @@ class Forward:
         inputs = ModelInputs(
             token_ids=self.to_device(indices.token_ids), positions=self.to_device(indices.positions)[None],
             extras={name: self.to_device(values) for name, values in indices.extras.items()})
-        return Computed(self._model.forward(inputs, ctx).hidden, ctx)
+        with scratch_from(self._scratch):
+            return Computed(self._model.forward(inputs, ctx).hidden, ctx)
 
     def forget_recorded(self) -> None:
         """See `Worker.forget_recorded`."""

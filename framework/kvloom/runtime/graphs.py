@@ -1,8 +1,9 @@
 """Decode steps, recorded once and repeated.
 
 A recorded step has fixed inputs (buffers that each step fills) and fixed memory for its results. It is recorded while it runs for the
-first time, for a power of two of rows, and serves all steps of as many rows or fewer. What cannot be recorded, because a model or a
-backend computes with something else than our kernels, runs call by call, with equal results; the log says once what it was.
+first time, for a power of two of rows, and serves all steps of as many rows or fewer: a batch that shrinks records nothing more. What
+cannot be recorded, because a model or a backend computes with something else than our kernels, runs call by call, with equal results;
+the log says once what it was.
 """
 
 from __future__ import annotations
@@ -108,12 +109,11 @@ class DecodeGraphs:
             return None
         rows = len(indices.rows)
         self._buffers.fill(indices)
-        capacity = min(1 << (rows - 1).bit_length(), self._buffers.rows)
-        found = self._recorded.get(capacity)
+        found = self._recorded.get(min((c for c in self._recorded if c >= rows), default=0))
         if found is not None:
             self._refill(found.kept[1].layers, self._buffers.batches(rows))
             found.replay(rows)
-        elif (found := self._record(capacity)) is None:
+        elif (found := self._record(min(1 << (rows - 1).bit_length(), self._buffers.rows))) is None:
             return None
         return DecodeOutputs(found.outputs.hidden[:rows], found.outputs.logits[:rows])
 

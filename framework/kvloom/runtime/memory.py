@@ -227,10 +227,15 @@ def activation_bytes(config: ModelConfig, dtype: torch.dtype, max_num_batched_to
     return tokens * _token_elements(config) * dtype.itemsize + logits_bytes
 
 
+def scratch_bytes(config: ModelConfig, dtype: torch.dtype, tokens: int) -> int:
+    """Memory to cut a step's hidden states from: twice what `activation_bytes` counts for them, since pieces that are free may lie
+    apart. What is not needed is not touched."""
+    return tokens * 2 * _token_elements(config) * dtype.itemsize
+
+
 def decode_bytes(config: ModelConfig, dtype: torch.dtype, rows: int) -> int:
-    """Memory for the tensors of recorded decode steps of `rows` rows: twice what `activation_bytes` counts, since pieces that are free
-    may lie apart, and the logits, which may be float32. Part of that estimate."""
-    return rows * (2 * _token_elements(config) * dtype.itemsize + config.vocab_size * torch.float32.itemsize)
+    """The same for recorded decode steps of `rows` rows, with their logits, which may be float32."""
+    return scratch_bytes(config, dtype, rows) + rows * config.vocab_size * torch.float32.itemsize
 
 
 def _token_elements(config: ModelConfig) -> int:
@@ -238,4 +243,5 @@ def _token_elements(config: ModelConfig) -> int:
     return 3 * config.hidden_size + max(attention, 3 * config.intermediate_size)
 
 
-__all__ = ["MemoryNeeds", "MemoryPlan", "activation_bytes", "decode_bytes", "group_layers", "memory_needs", "plan_memory"]
+__all__ = ["MemoryNeeds", "MemoryPlan", "activation_bytes", "decode_bytes", "group_layers", "memory_needs", "plan_memory",
+           "scratch_bytes"]

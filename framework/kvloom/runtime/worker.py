@@ -40,7 +40,7 @@ from kvloom.runtime.host_blocks import HostBlocks
 from kvloom.runtime.host_memory import host_memory, release_freed, trim_heap
 from kvloom.runtime.kv_tensors import LayerShapes, allocate, copy_blocks
 from kvloom.runtime.logits import NO_PROCESSORS, LogitsPipeline, SequenceProcessors, make_processors
-from kvloom.runtime.memory import MemoryPlan, decode_bytes, memory_needs, plan_memory
+from kvloom.runtime.memory import MemoryPlan, decode_bytes, memory_needs, plan_memory, scratch_bytes
 from kvloom.runtime.offload import HostWeights, layers_to_offload, offload, weights_bytes, weights_of
 from kvloom.runtime.pooling import PoolerSet, PoolingState, RowPooler
 from kvloom.runtime.profiling import WorkerProfiler
@@ -220,9 +220,11 @@ class DeviceWorker:
     def _forward(self, built: BuiltModel, caches: Mapping[int, LayerCache], limits: SchedulerLimits) -> Forward:
         layers = LayerState(self.plan.needs.groups, len(built.model.state_specs()), built.backends, caches)
         records = self._source.pooling is None and not self._config.device.enforce_eager
-        recorded_bytes = decode_bytes(self._source.config, self._source.dtype, limits.max_num_seqs) if records else 0
-        return Forward(built.model, self._comm, layers, self._device, recorded_bytes=recorded_bytes, max_num_seqs=limits.max_num_seqs,
-                       max_model_len=limits.max_model_len)
+        config, dtype = self._source.config, self._source.dtype
+        return Forward(built.model, self._comm, layers, self._device,
+                       max_num_seqs=limits.max_num_seqs, max_model_len=limits.max_model_len,
+                       recorded_bytes=decode_bytes(config, dtype, limits.max_num_seqs) if records else 0,
+                       scratch_bytes=scratch_bytes(config, dtype, limits.max_num_batched_tokens))
 
     def _make_pooler(self, model: Model) -> RowPooler | None:
         plan, source = self._source.pooling, self._source

@@ -15,9 +15,12 @@ namespace {
 constexpr int MAX_ROWS = 64;   // query rows of an item: enough to use each key load, small enough for the first-level cache
 constexpr int64_t CHUNK = 512;  // keys that are summed up for themselves; some whole rounds
 constexpr int MAX_SPLIT_ROWS = 16;
+#ifdef HAS_TILES
+static_assert(RoundByTiles::GROUPS_AT_ONCE * LANES == CHUNK, "its sums begin at nothing in each round");
+#endif
 
 struct Item {
-    int64_t row, kv_head, first_token, num_tokens;  // tokens of the row's range
+    int64_t row, kv_head, num_heads, first_token, num_tokens;  // kv heads, and tokens of the row's range
 };
 
 // Key positions that a query at `position` sees: [first, last).
@@ -54,7 +57,7 @@ template <class T, class Round> struct Cache {
         if (!is_whole) return copied(position, from, to, copies.data() + place * group_elements);
         // The table jumps about: the hardware cannot guess what is read next.
         bool follows = position + ROUND < end;
-        return {keys_at(position), values_at(position), s.block_tokens * SIDE, from, to,
+        return {keys_at(position), values_at(position), s.block_tokens * SIDE, key_elements, value_elements, from, to,
                 follows ? keys_at(position + ROUND) : nullptr, follows ? values_at(position + ROUND) : nullptr};
     }
 
@@ -72,7 +75,7 @@ template <class T, class Round> struct Cache {
                 to_values[(i / SIDE * s.value_dim + d) * SIDE + i % SIDE] =
                     values(block)[(offset / SIDE * s.value_dim + d) * SIDE + offset % SIDE];
         }
-        return {to_keys, to_values, LANES * SIDE, from, to, nullptr, nullptr};
+        return {to_keys, to_values, LANES * SIDE, 0, 0, from, to, nullptr, nullptr};
     }
 };
 
@@ -110,8 +113,16 @@ inline void fold(float& best, float& total, float* out, float chunk_best, float 
     best = most;
 }
 
-template <class T> void put_row(const Attend& s, const Item& item, int m, float best, float total, const float* sums) {
-    int64_t group = s.heads / s.kv_heads, token = item.first_token + m / group, head = item.kv_head * group + m % group;
+// Calls each(m, token, head) for the rows of an item: those of its first head, token by token, then those of the next.
+template <class Each> inline void for_rows(const Attend& s, const Item& item, Each each) {
+    int64_t group = s.heads / s.kv_heads;
+    int m = 0;
+    for (int64_t kv_head = item.kv_head; kv_head < item.kv_head + item.num_heads; kv_head++)
+        for (int64_t token = item.first_token; token < item.first_token + item.num_tokens; token++)
+            for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) each(m++, token, head);
+}
+
+template <class T> void put_row(const Attend& s, const Item& item, int64_t token, int64_t head, float best, float total, const float* sums) {
     float factor = 1.0f;
     if (s.sinks) {
         float most = best > s.sinks[head] ? best : s.sinks[head];
@@ -124,37 +135,50 @@ template <class T> void put_row(const Attend& s, const Item& item, int m, float 
 }
 
 template <class T> void read_queries(const Attend& s, const Item& item, int64_t row_unit, Rows<T>& w) {
-    int64_t group = s.heads / s.kv_heads, start = s.query_starts[item.row], context = s.contexts[item.row];
+    int64_t start = s.query_starts[item.row], context = s.contexts[item.row];
     int64_t tokens = s.query_starts[item.row + 1] - start;
-    w.count = int(item.num_tokens * group);
+    w.heads = int(item.num_heads);
+    w.count = int(item.num_heads * item.num_tokens * (s.heads / s.kv_heads));
     w.q_steps = whole(s.dim, Pairs<T>::SIDE) / Pairs<T>::SIDE;
     w.q.resize(whole(w.count, row_unit) * w.q_steps);
     w.first.resize(w.count);
     w.last.resize(w.count);
-    for (int m = 0; m < w.count; m++) {
-        int64_t token = item.first_token + m / group, head = item.kv_head * group + m % group;
+    for_rows(s, item, [&](int m, int64_t token, int64_t head) {
         int64_t position = context - tokens + token;
         w.first[m] = first_seen(s, position);
         w.last[m] = last_seen(s, position, context);
         const T* from = (const T*)s.q + (start + token) * s.q_stride + head * s.dim;
-        for (int64_t i = 0; i < w.q_steps; i++) w.q[m * w.q_steps + i] = Pairs<T>::get(from, i, s.dim);
-    }
+        auto* to = w.q.data() + m * w.q_steps;
+        if (s.dim % Pairs<T>::SIDE == 0)
+            std::memcpy(to, from, s.dim * sizeof(T));
+        else
+            for (int64_t i = 0; i < w.q_steps; i++) to[i] = Pairs<T>::get(from, i, s.dim);
+    });
 }
 
 // One item from its first chunk to its last.
 template <class T, class Round> void compute(const Attend& s, const Item& item, Rows<T>& w, Round& round) {
     read_queries<T>(s, item, Round::ROW_UNIT, w);
-    int64_t width = row_width(s), end = w.last[w.count - 1];
+    int64_t width = row_width(s), begin = w.first[0] / CHUNK * CHUNK, end = w.last[w.count - 1];
+    Cache<T, Round> cache(s, item.row, item.kv_head);
+    if (begin + CHUNK >= end) {
+        sum_chunk(s, w, round, cache, begin, begin + CHUNK);
+        for_rows(s, item, [&](int m, int64_t token, int64_t head) {
+            put_row<T>(s, item, token, head, w.best[m], w.total[m], w.out.data() + m * width);
+        });
+        return;
+    }
     w.all_best.assign(w.count, NONE);
     w.all_total.assign(w.count, 0.0f);
     w.all_out.assign(w.count * width, 0.0f);
-    Cache<T, Round> cache(s, item.row, item.kv_head);
-    for (int64_t begin = w.first[0] / CHUNK * CHUNK; begin < end; begin += CHUNK) {
+    for (; begin < end; begin += CHUNK) {
         sum_chunk(s, w, round, cache, begin, begin + CHUNK);
         for (int m = 0; m < w.count; m++)
             fold(w.all_best[m], w.all_total[m], w.all_out.data() + m * width, w.best[m], w.total[m], w.out.data() + m * width, width);
     }
-    for (int m = 0; m < w.count; m++) put_row<T>(s, item, m, w.all_best[m], w.all_total[m], w.all_out.data() + m * width);
+    for_rows(s, item, [&](int m, int64_t token, int64_t head) {
+        put_row<T>(s, item, token, head, w.all_best[m], w.all_total[m], w.all_out.data() + m * width);
+    });
 }
 
 struct Job {
@@ -183,16 +207,15 @@ void compute_part(const Attend& s, const Item& item, const Parts& parts, int64_t
     }
     if (parts.done->fetch_add(1, std::memory_order_acq_rel) + 1 < parts.chunks) return;
     parts.done->store(0, std::memory_order_relaxed);
-    w.all_out.resize(width);
-    for (int m = 0; m < w.count; m++) {
+    for_rows(s, item, [&](int m, int64_t token, int64_t head) {
         float best = NONE, total = 0.0f;
         w.all_out.assign(width, 0.0f);
         for (int64_t c = 0; c < parts.chunks; c++) {
             const float* part = parts.sums + c * size + m * parts.row_floats;
             fold(best, total, w.all_out.data(), part[0], part[1], part + LANES, width);
         }
-        put_row<T>(s, item, m, best, total, w.all_out.data());
-    }
+        put_row<T>(s, item, token, head, best, total, w.all_out.data());
+    });
 }
 
 // The chunks that an item's rows see.
@@ -211,21 +234,31 @@ inline std::vector<Parts> share_out(const Attend& s, const std::vector<Item>& it
     for (size_t i = 0; i < items.size(); i++) {
         Parts p{(std::atomic<int32_t>*)s.workspace + i, (float*)((char*)s.workspace + header) + used, 0, 0, row_floats};
         chunks_of(s, items[i], p.first_chunk, p.chunks);
-        used += p.chunks * items[i].num_tokens * group * row_floats;
+        used += p.chunks * items[i].num_heads * items[i].num_tokens * group * row_floats;
         if (items[i].num_tokens * group > MAX_SPLIT_ROWS || header + used * 4 > s.workspace_bytes) return {};
         parts.push_back(p);
     }
     return parts;
 }
 
+// Heads that one item reads. Those of a block lie side by side, and memory is read the faster the more lies together: rows of one token
+// take as many as there are rows in a tile, unless that leaves too few items for the threads.
+inline int64_t heads_at_once(const Attend& s, int threads) {
+    int64_t most = MAX_SPLIT_ROWS / (s.heads / s.kv_heads);
+    if (s.query_starts[s.rows] > s.rows || s.block_tokens % LANES || most < 2) return 1;
+    int64_t items = (s.kv_heads + most - 1) / most;  // of a row
+    return s.rows * items < 4 * threads ? 1 : (s.kv_heads + items - 1) / items;
+}
+
 template <class T, class Round> void attend(const Attend& s, const Team& team) {
     std::vector<Item> items;
-    int64_t group = s.heads / s.kv_heads, most = MAX_ROWS / group > 0 ? MAX_ROWS / group : 1;
+    int64_t group = s.heads / s.kv_heads, most = MAX_ROWS / group > 0 ? MAX_ROWS / group : 1, heads = heads_at_once(s, team.size);
     for (int64_t row = 0; row < s.rows; row++) {
         int64_t tokens = s.query_starts[row + 1] - s.query_starts[row];
         for (int64_t first = 0; first < tokens; first += most)
-            for (int64_t head = 0; head < s.kv_heads; head++)
-                items.push_back({row, head, first, tokens - first < most ? tokens - first : most});
+            for (int64_t head = 0; head < s.kv_heads; head += heads)
+                items.push_back({row, head, s.kv_heads - head < heads ? s.kv_heads - head : heads, first,
+                                 tokens - first < most ? tokens - first : most});
     }
     std::vector<Parts> parts = share_out(s, items, team.size);
     std::vector<Job> jobs;

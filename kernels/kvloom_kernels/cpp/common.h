@@ -21,6 +21,9 @@ struct bf16 {
 inline f32x16 splat(float x) { return x - f32x16{}; }
 
 inline f32x16 widen(u16x16 bits) {
+#ifdef __AVX512F__
+    return (f32x16)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)bits), 16);
+#endif
     u32x16 wide = __builtin_convertvector(bits, u32x16) << 16;
     f32x16 out;
     std::memcpy(&out, &wide, sizeof out);

@@ -143,6 +143,7 @@ template <class T> struct ByVectors {
     static int64_t tiles(int64_t rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
     static int64_t first_row(int64_t tile, int64_t rows) { return rows * tile / tiles(rows); }
     static constexpr int64_t MOST_ROWS = TILE_ROWS;
+    static int64_t steps_of(int64_t) { return 0; }
 
     template <class Between> void operator()(const Rows<T>& rows, const T* first, const T* second, const Results&, float* sums, const Between&) {
         static constexpr void (*TILES[])(const T*, int64_t, int64_t, const T*, const T*, float*) = {
@@ -162,6 +163,8 @@ public:
     static constexpr int64_t MOST_ROWS = 2 * TILE_ROWS_MOST;
     static int64_t tiles(int64_t rows) { return (rows + MOST_ROWS - 1) / MOST_ROWS; }
     static int64_t first_row(int64_t tile, int64_t rows) { return tile * MOST_ROWS < rows ? tile * MOST_ROWS : rows; }
+
+    static int64_t steps_of(int64_t k) { return k / TILE_DEPTH; }
 
     // Calls `between` once for each step along k.
     template <class Between>
@@ -293,34 +296,74 @@ private:
     int64_t count_ = 0, first_ = 0, row_ = 0;
 };
 
+// Panels that are multiplied next: they are fetched at an even pace meanwhile, so that memory does not rest while tiles are multiplied.
+class Ahead {
+public:
+    // Both panels of `bytes` within so many calls of `fetch`.
+    void set(const void* first, const void* second, int64_t bytes, int64_t calls) {
+        first_ = (const char*)first, second_ = (const char*)second, bytes_ = bytes, at_ = 0;
+        at_once_ = (bytes + calls - 1) / calls;
+    }
+
+    void fetch() {
+        for (int64_t end = at_ + at_once_ < bytes_ ? at_ + at_once_ : bytes_; at_ < end; at_ += LINE_BYTES) {
+            __builtin_prefetch(first_ + at_, 0, 2);
+            __builtin_prefetch(second_ + at_, 0, 2);
+        }
+    }
+
+private:
+    static constexpr int64_t LINE_BYTES = 64;
+    const char *first_ = nullptr, *second_ = nullptr;
+    int64_t bytes_ = 0, at_ = 0, at_once_ = 0;
+};
+
 // Results of one thread.
 template <class T, class O, class Multiply> class Multiplication {
 public:
     explicit Multiplication(const Product& p) : p_(p), pending_(p) {}
     ~Multiplication() { pending_.store_all(); }
 
-    // One pair of panels times the rows [begin, end).
-    void panels_times(int64_t pair, int64_t begin, int64_t end) {
-        // Neighbours, or the same place of either half.
-        int64_t panels = (p_.n + PANEL - 1) / PANEL, elements = panel_elements<T>(p_.k);
-        int64_t one = p_.finish ? pair : 2 * pair, other = p_.finish ? panels / 2 + pair : 2 * pair + 1;
-        const T *first = (const T*)p_.weight + one * elements, *second = (const T*)p_.weight + other * elements;
-        if (other >= panels) second = first;  // its sums are not stored
-        for (int64_t t = 0; t < Multiply::tiles(end - begin); t++) {
+    // One pair of panels times the rows [begin, end); then comes `next`, or none if it is negative.
+    void panels_times(int64_t pair, int64_t begin, int64_t end, int64_t next) {
+        Panels panels = panels_of(pair);
+        int64_t tiles = Multiply::tiles(end - begin), steps = tiles * Multiply::steps_of(p_.k);
+        if (next >= 0 && steps) {
+            Panels follow = panels_of(next);
+            ahead_.set(follow.first, follow.second, panel_elements<T>(p_.k) * sizeof(T), steps);
+        }
+        for (int64_t t = 0; t < tiles; t++) {
             int64_t row = begin + Multiply::first_row(t, end - begin), count = begin + Multiply::first_row(t + 1, end - begin) - row;
             O* to = (O*)p_.out + row * p_.out_stride;
-            Results results{(const char*)(to + one * PANEL), p_.out_stride * int64_t(sizeof(O)), IS_STREAMED<T, O>};
+            Results results{(const char*)(to + panels.feature), p_.out_stride * int64_t(sizeof(O)), IS_STREAMED<T, O>};
             float* sums = sums_[turn_ = 1 - turn_];
-            multiply_({(const T*)p_.x + row * p_.x_stride, p_.x_stride, count, p_.k}, first, second, results, sums, [&] { pending_.store(2); });
+            multiply_({(const T*)p_.x + row * p_.x_stride, p_.x_stride, count, p_.k}, panels.first, panels.second, results, sums, [&] {
+                pending_.store(2);
+                ahead_.fetch();
+            });
             pending_.store_all();
-            pending_.set(sums, to, count, one * PANEL);
+            pending_.set(sums, to, count, panels.feature);
         }
     }
 
 private:
+    struct Panels {
+        const T *first, *second;
+        int64_t feature;  // the first of `first`
+    };
+
+    // Neighbours, or the same place of either half.
+    Panels panels_of(int64_t pair) const {
+        int64_t count = (p_.n + PANEL - 1) / PANEL, elements = panel_elements<T>(p_.k);
+        int64_t one = p_.finish ? pair : 2 * pair, other = p_.finish ? count / 2 + pair : 2 * pair + 1;
+        if (other >= count) other = one;  // its sums are not stored
+        return {(const T*)p_.weight + one * elements, (const T*)p_.weight + other * elements, one * PANEL};
+    }
+
     const Product& p_;
     Multiply multiply_;
     Pending<T, O> pending_;
+    Ahead ahead_;
     alignas(64) float sums_[2][Multiply::MOST_ROWS * 2 * PANEL];
     int turn_ = 0;
 };
@@ -333,9 +376,14 @@ template <class T, class O, class Multiply> void product(const Product& p, const
     int64_t blocks = (p.rows + most - 1) / most;
     {
         Multiplication<T, O, Multiply> multiplication(p);
-        for (int64_t i; (i = team.take(1)) < blocks * pairs;) {
+        // Pairs whose results share a line are one thread's: or else two cores would take it from each other row by row.
+        int64_t pair_bytes = (p.finish ? 1 : 2) * PANEL * int64_t(sizeof(O)), run = pair_bytes < 64 ? 64 / pair_bytes : 1;
+        int64_t total = blocks * pairs, next = team.take(run);
+        auto following = [&](int64_t i) { return (i + 1) % run ? i + 1 : team.take(run); };
+        for (int64_t i; (i = next) < total;) {
+            next = following(i);
             int64_t begin = i / pairs * most, end = begin + most < p.rows ? begin + most : p.rows;
-            multiplication.panels_times(i % pairs, begin, end);
+            multiplication.panels_times(i % pairs, begin, end, next < total ? next % pairs : -1);
         }
     }
 #ifdef __AVX512F__

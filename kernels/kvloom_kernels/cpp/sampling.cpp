@@ -68,6 +68,19 @@ inline bool any(i32x16 lanes) {
     return all != 0;
 }
 
+// The largest and where it stands first, in one pass over the row; NaN if there is one.
+void find_best(const float* x, int64_t size, float& best, int64_t& at) {
+    constexpr int64_t PIECE = 2048;
+    best = -INFINITY, at = 0;
+    for (int64_t begin = 0; begin < size; begin += PIECE) {
+        float here = largest_or_nan(x + begin, std::min<int64_t>(PIECE, size - begin));
+        if (here <= best) continue;
+        best = here, at = begin;
+        if (here != here) return;
+    }
+    while (x[at] != best) at++;
+}
+
 // sums[k]: of the masses that are at least cuts[k]. `mass` is padded with zeros to whole vectors.
 void sums_from(const float* mass, int64_t size, const float* cuts, double* sums) {
     f64x16 totals[CUTS] = {};
@@ -286,13 +299,7 @@ extern "C" void kvloom_top_p(float* logits, const float* p, int64_t rows, int64_
 
 // The largest of each row and where it stands first; a row with NaN has NaN.
 extern "C" void kvloom_best(const float* logits, float* best, int64_t* out, int64_t rows, int64_t size, int threads) {
-    for_all(rows, threads, [&](int64_t r) {
-        const float* x = logits + r * size;
-        best[r] = largest_or_nan(x, size);
-        int64_t i = 0;
-        while (i < size && x[i] != best[r]) i++;
-        out[r] = i < size ? i : 0;
-    });
+    for_all(rows, threads, [&](int64_t r) { find_best(logits + r * size, size, best[r], out[r]); });
 }
 
 // The first token whose cumulative weight exceeds uniform[row] of the total; weights are e^(logit - best[row]).
