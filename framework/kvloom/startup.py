@@ -21,6 +21,7 @@ from kvloom.start_report import PhaseTimer, StartReport
 from kvloom.stats_log import StatsLog
 from kvloom.text.grammar_gate import find_grammar, open_gate
 from kvloom.text.tokenizer import import_tokenizer, open_tokenizer
+from kvloom.torch_import import import_torch
 
 
 def load_config_plugins(config: EngineConfig) -> PluginSet:
@@ -41,6 +42,7 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
     with timer.phase("plugins"):
         plugins = load_config_plugins(config)
     with timer.phase("import torch"):
+        torch_notes = import_torch()
         from kvloom.layers.base import dtype_name
         from kvloom.runtime import builder, logits, worker, worker_class
     with timer.phase("import tokenizer"):
@@ -81,7 +83,7 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
                 config.model.seed, str(source.directory), source.config.vocab_size, source.max_model_len, config.features.max_logprobs,
                 limits.cached, EndTokens.of(source.end_token_ids, tokenizer), tokenizer, pipeline, executor.call(_extra_inputs)[0],
                 grammars, _pooling_rules(plugins, source.pooling, executor, source.config.vocab_size))
-        notes = (f"task: {source.task}", f"dtype: {dtype_name(source.dtype)}", *report.notes, *plugins.notes)
+        notes = (f"task: {source.task}", f"dtype: {dtype_name(source.dtype)}", *report.notes, *torch_notes, *plugins.notes)
         start = StartReport(tuple(timer.phases), timer.elapsed_s, plan.num_blocks, plan.capacity_tokens, notes)
         running = RunningEngine(config, engine, executor, plugins, rules, source.defaults, plan, start)
     except BaseException:
