@@ -23,6 +23,7 @@ from kvloom.text.chat import read_template
 from kvloom.text.grammar_gate import find_grammar, open_gate
 from kvloom.text.templates import TemplateRenderer
 from kvloom.text.tokenizer import import_tokenizer, open_tokenizer
+from kvloom.torch_import import import_torch
 
 
 def load_config_plugins(config: EngineConfig) -> PluginSet:
@@ -43,6 +44,7 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
     with timer.phase("plugins"):
         plugins = load_config_plugins(config)
     with timer.phase("import torch"):
+        torch_notes = import_torch()
         from kvloom.layers.base import dtype_name
         from kvloom.runtime import builder, logits, worker, worker_class
     with timer.phase("import tokenizer"):
@@ -84,8 +86,8 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
                 config.model.seed, str(source.directory), source.config.vocab_size, source.max_model_len, config.features.max_logprobs,
                 limits.cached, EndTokens.of(source.end_token_ids, tokenizer), tokenizer, pipeline, executor.call(_extra_inputs)[0],
                 grammars, _pooling_rules(plugins, source.pooling, executor, source.config.vocab_size))
-        notes = (f"task: {source.task}", f"device: {source.device.describe()}", f"dtype: {dtype_name(source.dtype)}",
-                 f"threads: {_threads()}", *report.notes, *plugins.notes)
+        notes = (f"task: {source.task}", f"device: {source.device.describe()}", f"dtype: {dtype_name(source.dtype)}", *report.notes,
+                 *torch_notes, *plugins.notes)
         start = StartReport(tuple(timer.phases), timer.elapsed_s, plan.num_blocks, plan.capacity_tokens, notes)
         running = RunningEngine(config, engine, executor, plugins, rules, source.defaults, plan, start, source.device.names)
     except BaseException:
@@ -138,12 +140,6 @@ def _pooling_rules(plugins: PluginSet, plan: PoolingPlan | None, executor: Execu
     except RequestValidationError as error:
         raise ConfigError(f"override_pooler_config: {error}") from error
     return rules
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
 
 
 def _policy(config: EngineConfig, plugins: PluginSet) -> SchedulingPolicy:

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "cpp"
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-pthread", "-fPIC", "-shared")
 FLAGS_VARIABLE = "KVLOOM_CXXFLAGS"
 """Environment variable with further flags of the compiler: ``-march=x86-64-v3`` builds what CPUs without AVX-512 get."""
 COMPILE_TIMEOUT_S = 120

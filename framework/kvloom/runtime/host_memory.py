@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvloom.interfaces import Worker
+from kvloom.runtime.control_groups import groups_around, number, numbers
 
+FILES = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+         2: ("memory.max", "memory.current", "inactive_file")}
+"""Of a control group, by its version: limit, use, and the name of its cache that can be dropped."""
 UNLIMITED_BYTES = 2**60
 """Limits from here on mean none: version 1 writes "no limit" as a number near 2**63."""
 
@@ -45,13 +49,13 @@ def host_memory(root: Path = Path("/")) -> DeviceMemory:
     Args:
         root: where ``/proc`` and ``/sys`` are found; tests give their own.
     """
-    meminfo = _numbers(root / "proc/meminfo", scale=1024)
+    meminfo = numbers(root / "proc/meminfo", scale=1024)
     total = meminfo.get("MemTotal:") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = meminfo.get("MemAvailable:", total)
     for limit, left in _group_limits(root):
         free = min(free, max(0, left))
         total = min(total, limit)
-    return DeviceMemory(total, free, _numbers(root / "proc/self/status", scale=1024).get("RssAnon:", 0))
+    return DeviceMemory(total, free, numbers(root / "proc/self/status", scale=1024).get("RssAnon:", 0))
 
 
 def release_freed() -> None:
@@ -75,44 +79,8 @@ def held_bytes(worker: Worker) -> int:
 
 def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
     """(limit, bytes left) of every control group that limits memory."""
-    for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            mount, limit, used, cache = root / "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            mount, limit, used = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cache = "total_inactive_file"
-        else:
-            continue
-        for group in _upwards(mount, path):
-            most, current = _number(group / limit), _number(group / used)
-            if most is not None and current is not None and most < UNLIMITED_BYTES:
-                yield most, most - current + _numbers(group / "memory.stat").get(cache, 0)
-
-
-def _upwards(mount: Path, path: str) -> Iterator[Path]:
-    """The group and all that contain it. Inside a container the path may be the host's: then only the mount itself exists."""
-    group = mount / path.lstrip("/")
-    while group != mount and mount in group.parents:
-        yield group
-        group = group.parent
-    yield mount
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
-
-
-def _numbers(path: Path, scale: int = 1) -> dict[str, int]:
-    """Lines such as ``MemTotal: 24683656 kB`` or ``inactive_file 4096``."""
-    parts = [line.split() for line in _lines(path)]
-    return {p[0]: int(p[1]) * scale for p in parts if len(p) >= 2 and p[1].isdigit()}
-
-
-def _number(path: Path) -> int | None:
-    """A file of one number; None for "max", or when it is not there."""
-    text = "".join(_lines(path)).strip()
-    return int(text) if text.isdigit() else None
+    for group in groups_around("memory", root):
+        limit, used, cache = FILES[group.version]
+        most, current = number(group.folder / limit), number(group.folder / used)
+        if most is not None and current is not None and most < UNLIMITED_BYTES:
+            yield most, most - current + numbers(group.folder / "memory.stat").get(cache, 0)

@@ -46,6 +46,7 @@ from kvloom.runtime.peak import largest_step
 from kvloom.runtime.pooling import PoolerSet, PoolingState, RowPooler
 from kvloom.runtime.profiling import WorkerProfiler
 from kvloom.runtime.runner import Runner
+from kvloom.runtime.threads import choose_threads
 from kvloom.runtime.weights import check_catalog, load_weights, wanted_infos, wanted_slots
 from kvloom.text.grammar_gate import find_grammar
 from kvloom.text.vocabulary import open_vocabulary
@@ -166,13 +167,13 @@ class DeviceWorker:
             CheckpointError: the files do not hold what the model needs.
         """
         began = time.perf_counter()
-        kernels = self._device.kernels()
+        threads, kernels = choose_threads(), self._device.kernels()
         started = time.perf_counter()
         self._plan, _ = plan_model(self._config, self._plugins, self._source, is_host=self._is_host)
         self._plan.check()
         planned = time.perf_counter()
         with _no_memory_is_a_plan_error():
-            notes = (kernels, *self._load_model())
+            notes = (threads, kernels, *self._load_model())
         loaded = time.perf_counter()
         timings = [("kernels", started - began), ("memory plan", planned - started), ("weights", loaded - planned)]
         if self._device.profiles:

@@ -1,5 +1,6 @@
 // Forbidding tokens by bitmasks: logits [rows, size], one mask of 32-bit words for each of some rows.
 #include "common.h"
+#include "team.h"
 #include <cmath>
 
 namespace {
@@ -26,8 +27,7 @@ template <class T> void masked_row(T* x, const uint32_t* mask, int64_t size) {
 template <class T>
 void masked_rows(T* logits, int64_t stride, const uint32_t* masks, const int64_t* rows, int64_t count, int64_t size, int threads) {
     int64_t words = (size + 31) / 32;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t g = 0; g < count; g++) masked_row(logits + rows[g] * stride, masks + g * words, size);
+    for_all(count, threads, [&](int64_t g) { masked_row(logits + rows[g] * stride, masks + g * words, size); });
 }
 
 }  // namespace

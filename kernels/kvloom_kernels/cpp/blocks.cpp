@@ -22,11 +22,12 @@ struct Pieces {
 // In each tensor all copies, in their order: a copy may read what an earlier one wrote.
 extern "C" void kvloom_copy_blocks(const void* arguments, const Team& team) {
     const Copies& c = *(const Copies*)arguments;
-    for (int64_t t = team.first(c.count); t < team.last(c.count); t++)
+    team.each(c.count, [&](int64_t t) {
         for (int64_t i = 0; i < c.rows; i++) {
             int64_t source = c.pairs[2 * i], target = c.pairs[2 * i + 1];
             std::memmove(c.tensors[t] + target * c.block_bytes[t], c.tensors[t] + source * c.block_bytes[t], c.block_bytes[t]);
         }
+    });
 }
 
 // A zero in each page: the system gives memory with its first use, which takes a thread longer than all that it then computes with it.

@@ -28,7 +28,7 @@ struct Norm {
 };
 
 template <class T> void norm(const Norm& n, const Team& team) {
-    for (int64_t r = team.first(n.rows); r < team.last(n.rows); r++) {
+    team.each(n.rows, [&](int64_t r) {
         const T* row = (const T*)n.x + r * n.width;
         if (n.residual) {
             T* total = (T*)n.stream + r * n.width;
@@ -39,7 +39,7 @@ template <class T> void norm(const Norm& n, const Team& team) {
             row = total;
         }
         normalise<T>(row, (const T*)n.weight, (T*)n.out + r * n.width, n.width, n.eps);
-    }
+    });
 }
 
 struct Gated {
@@ -49,13 +49,13 @@ struct Gated {
 };
 
 template <class T> void gated_mul(const Gated& g, const Team& team) {
-    for (int64_t r = team.first(g.rows); r < team.last(g.rows); r++) {
+    team.each(g.rows, [&](int64_t r) {
         const T *gate = (const T*)g.gate_up + 2 * r * g.width, *up = gate + g.width;
         for (int64_t i = 0; i < g.width; i += LANES) {
             int left = int(g.width - i);
             store_n<T>((T*)g.out + r * g.width + i, rounded<T>(activated(load_n<T>(gate + i, left), g.finish)) * load_n<T>(up + i, left), left);
         }
-    }
+    });
 }
 
 // Element i of the rotated part is paired with element i + half.
@@ -92,6 +92,12 @@ template <class T> struct Place {
     int64_t block, offset;
 
     Place(const Write& w, int64_t t) : w(w), block(w.slots[t] / w.block_tokens), offset(w.slots[t] % w.block_tokens) {}
+
+    // Whether values of token t and of the one before, or after, lie side by side: the first of the two writes both.
+    bool follows(int64_t t) const { return SIDE == 2 && offset % 2 && t > 0 && w.slots[t - 1] + 1 == w.slots[t]; }
+    bool is_followed(int64_t t) const {
+        return SIDE == 2 && offset % 2 == 0 && offset + 1 < w.block_tokens && t + 1 < w.rows && w.slots[t] + 1 == w.slots[t + 1];
+    }
 
     T* keys(int64_t h) const {
         int64_t steps = (w.dim + SIDE - 1) / SIDE;
@@ -133,9 +139,7 @@ inline void write_both(const Write& w, const Place<bf16>& place, int64_t t) {
 inline void write_both(const Write&, const Place<float>&, int64_t) {}
 
 template <class T> void norm_rope_write(const Write& w, const Team& team) {
-    constexpr int64_t SIDE = Place<T>::SIDE;
-    int64_t last = team.last(w.rows);
-    for (int64_t t = team.first(w.rows), written = t; t < last; t++) {
+    team.each(w.rows, [&](int64_t t) {
         const float *cosines = w.table + (w.rotary_dim ? w.positions[t] * w.rotary_dim : 0), *sines = cosines + w.rotary_dim / 2;
         for (const Heads* part : {&w.q, &w.k})
             for (int64_t h = 0; h < part->count; h++) {
@@ -145,11 +149,9 @@ template <class T> void norm_rope_write(const Write& w, const Team& team) {
             }
         Place<T> place(w, t);
         write_keys(w, place, t);
-        if (t < written) continue;  // with the one before
-        bool are_both = SIDE == 2 && place.offset % 2 == 0 && place.offset + 1 < w.block_tokens && t + 1 < last && w.slots[t + 1] == w.slots[t] + 1;
-        are_both ? write_both(w, place, t) : write_values(w, place, t);
-        written = t + (are_both ? 2 : 1);
-    }
+        if (place.follows(t)) return;
+        place.is_followed(t) ? write_both(w, place, t) : write_values(w, place, t);
+    });
 }
 
 }  // namespace

@@ -431,7 +431,7 @@ struct Packing {
 template <class T> void pack(const Packing& p, const Team& team) {
     int64_t panels = (p.rows + PANEL - 1) / PANEL, elements = panel_elements<T>(p.k), side = SIDE<T>;
     std::vector<T> copy(elements);
-    for (int64_t panel = team.first(panels); panel < team.last(panels); panel++) {
+    team.each(panels, [&](int64_t panel) {
         T *packed = (T*)p.packed + panel * elements, *plain = (T*)p.weight + panel * PANEL * p.k;
         int64_t count = count_at(panel * PANEL, p.rows);
         if (p.unpacks)
@@ -447,7 +447,7 @@ template <class T> void pack(const Packing& p, const Team& team) {
                     place = plain[i * p.k + j];
             }
         if (!p.unpacks) std::memcpy((void*)packed, copy.data(), elements * sizeof(T));
-    }
+    });
 }
 
 struct Lookup {
@@ -459,15 +459,15 @@ struct Lookup {
 
 template <class T> void lookup(const Lookup& l, const Team& team) {
     int64_t side = SIDE<T>;
-    for (int64_t i = team.first(l.rows); i < team.last(l.rows); i++) {
+    team.each(l.rows, [&](int64_t i) {
         T* to = (T*)l.out + i * l.k;
         if (!l.is_packed) {
             std::memcpy((void*)to, (const T*)l.table + l.ids[i] * l.k, l.k * sizeof(T));
-            continue;
+            return;
         }
         const T* from = (const T*)l.table + l.ids[i] / PANEL * panel_elements<T>(l.k) + l.ids[i] % PANEL * side;
         for (int64_t j = 0; j < l.k; j++) to[j] = from[j / side * PANEL * side + j % side];
-    }
+    });
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // Choosing from long vocabularies without sorting them, and the log-probabilities of what was chosen: rows of logits [rows, size].
 #include "common.h"
+#include "team.h"
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -279,11 +280,10 @@ void token_logprobs(const T* x, int64_t size, int64_t chosen, int64_t k, int64_t
 template <class T>
 void token_logprobs_rows(const T* logits, int64_t stride, const int64_t* chosen, int64_t k, int64_t* token_ids, float* logprobs,
                          int64_t* ranks, int64_t rows, int64_t size, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t r = 0; r < rows; r++) {
+    for_all(rows, threads, [&](int64_t r) {
         int64_t at = r * (1 + k);
         token_logprobs<T>(logits + r * stride, size, chosen[r], k, token_ids + at, logprobs + at, ranks + at);
-    }
+    });
 }
 
 }  // namespace
@@ -291,27 +291,22 @@ void token_logprobs_rows(const T* logits, int64_t stride, const int64_t* chosen,
 // Sets to minus infinity what is not among the best tokens whose probabilities add up to p[row]; ties with the last one stay.
 // A row with a NaN stays as it is.
 extern "C" void kvloom_top_p(float* logits, const float* p, int64_t rows, int64_t size, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t r = 0; r < rows; r++) {
+    for_all(rows, threads, [&](int64_t r) {
         float* x = logits + r * size;
         float threshold = top_p_threshold(x, size, p[r]);
         for (int64_t i = 0; i < size; i++) x[i] = x[i] < threshold ? -INFINITY : x[i];
-    }
+    });
 }
 
 // The largest of each row and where it stands first; a row with NaN has NaN.
 extern "C" void kvloom_best(const float* logits, float* best, int64_t* out, int64_t rows, int64_t size, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t r = 0; r < rows; r++) {
-        find_best(logits + r * size, size, best[r], out[r]);
-    }
+    for_all(rows, threads, [&](int64_t r) { find_best(logits + r * size, size, best[r], out[r]); });
 }
 
 // The first token whose cumulative weight exceeds uniform[row] of the total; weights are e^(logit - best[row]).
 extern "C" void kvloom_draw(const float* logits, const float* best, const double* uniform, int64_t* out, int64_t rows, int64_t size,
                             int threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t r = 0; r < rows; r++) {
+    for_all(rows, threads, [&](int64_t r) {
         const float* x = logits + r * size;
         std::vector<double> sums;
         double total = 0;
@@ -334,7 +329,7 @@ extern "C" void kvloom_draw(const float* logits, const float* best, const double
             }
         }
         out[r] = token;
-    }
+    });
 }
 
 // Log-probability and rank of chosen[row] and of the k best tokens of each row: outputs [rows, 1 + k], the chosen one first.

@@ -5,6 +5,7 @@
 // buffer: largest, exponentials, sum, and the division at the end. Keys and values are copied once an item, side by side as float32:
 // where they come from, heads lie so far apart that they would push each other out of the cache.
 #include "common.h"
+#include "team.h"
 #include <cmath>
 #include <vector>
 
@@ -156,11 +157,9 @@ void attend_tokens(const Shape& s, Heads<const T> q, Heads<const T> k, Heads<con
             for (int64_t head = 0; head < s.kv_heads; head++)
                 items.push_back({row, head, first, tokens - first < ITEM_TOKENS ? tokens : first + ITEM_TOKENS});
     }
-#pragma omp parallel num_threads(threads)
-    {
+    in_team(threads, [&](const Team& team) {
         Work w;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < int64_t(items.size()); i++) {
+        for (int64_t i; (i = team.take(1)) < int64_t(items.size());) {
             int64_t start = starts[items[i].row], tokens = starts[items[i].row + 1] - start, head = items[i].kv_head;
             auto part = [&](auto x, int64_t first_head, int64_t dim) {
                 x.data += start * x.token_stride + first_head * dim;
@@ -169,7 +168,7 @@ void attend_tokens(const Shape& s, Heads<const T> q, Heads<const T> k, Heads<con
             compute<T>(s, items[i], w, part(q, head * group, s.dim), part(k, head, s.dim), part(v, head, s.value_dim), tokens,
                        part(out, head * group, s.value_dim));
         }
-    }
+    });
 }
 
 }  // namespace
