@@ -45,6 +45,7 @@ class Shape:
         kv_bytes: of one token.
         layer_flop: of one token, without attention.
         logits_flop: of one row of logits.
+        attention_flop: of one token and one that it sees.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -55,6 +56,7 @@ class Shape:
         self.weight_bytes = (directory / "model.safetensors").stat().st_size
         self.kv_bytes = layers * 2 * kv_heads * dim * 2
         self.layer_flop = 2 * layers * per_layer
+        self.attention_flop = 4 * layers * heads * dim
         self.logits_flop = 2 * config["vocab_size"] * hidden
 
 

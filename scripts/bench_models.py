@@ -20,6 +20,7 @@ QWEN3: dict[str, Any] = {
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-135m": ("LlamaForCausalLM", LLAMA),
+    "llama-135m-long": ("LlamaForCausalLM", {**LLAMA, "max_position_embeddings": 40960}),
     "llama-135m-text": ("LlamaForCausalLM", LLAMA),
     "qwen3-0.6b": ("Qwen3ForCausalLM", QWEN3),
 }

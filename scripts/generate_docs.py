@@ -201,7 +201,7 @@ def transcript() -> str:
 
 def _state(state: NoEffect | Unsupported | None) -> str:
     if isinstance(state, NoEffect):
-        return f"no effect: {_cell(state.reason)}"
+        return f"{f'works on {state.works_on}; else ' if state.works_on else ''}no effect: {_cell(state.reason)}"
     if isinstance(state, Unsupported):
         works = f" (`{'`, `'.join(map(repr, state.values))}` too)" if state.values else ""
         return f"unsupported so far unless the default{works}: {_cell(state.works)}"

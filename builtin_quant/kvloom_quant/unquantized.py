@@ -13,6 +13,7 @@ from kvloom.errors import ConfigError
 from kvloom.interfaces.quant import EmbeddingMethod, LinearMethod, LinearShape, ParamSpec, QuantMethod
 from kvloom.layers.base import dtype_name
 from kvloom_kernels.activation import Finish
+from kvloom_kernels.call import computes
 from kvloom_kernels.linear import WeightShape, can_pack, lookup, pack, product, unpack
 
 FINISHES = {"silu": Finish.SILU, "swish": Finish.SILU, "gelu": Finish.GELU, "gelu_pytorch_tanh": Finish.GELU_TANH,
@@ -104,7 +105,7 @@ class Unquantized(QuantMethod):
     @classmethod
     def row_invariant(cls, dtype: torch.dtype, device: torch.device) -> str | None:
         """See `QuantMethod`: our kernels sum each row in one order, torch's choose by the number of rows."""
-        return None if can_pack(torch.empty(0, dtype=dtype, device=device)) else f"{dtype_name(dtype)} is multiplied by torch here"
+        return None if computes(dtype, device) else f"{dtype_name(dtype)} is multiplied by torch here"
 
     def for_linear(self, shape: LinearShape, dtype: torch.dtype) -> LinearMethod:
         """See `QuantMethod`."""

@@ -29,11 +29,15 @@ class BeamSearch(Decoder):
     ``length_penalty``.
     """
 
-    def start(self, params: BeamSearchParams, prompt_token_ids: Sequence[int], eos_token_ids: frozenset[int],
-              room_tokens: int) -> tuple[BeamState, Branching]:
-        """See `Decoder.start`; `params` are `BeamSearchParams`."""
+    def check(self, params: BeamSearchParams) -> None:
+        """See `Decoder.check`; `params` are `BeamSearchParams`."""
         if not isinstance(params, BeamSearchParams):
             raise RequestTypeError(f"params must be BeamSearchParams, got {type(params).__name__}", "params", params)
+        copy.copy(params).validate()
+
+    def start(self, params: BeamSearchParams, prompt_token_ids: Sequence[int], eos_token_ids: frozenset[int],
+              room_tokens: int) -> tuple[BeamState, Branching]:
+        """See `Decoder.start`."""
         own = copy.copy(params)
         own.validate()
         max_tokens = min(own.max_tokens, room_tokens)

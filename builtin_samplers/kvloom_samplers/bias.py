@@ -12,12 +12,13 @@ from torch import Tensor
 from kvloom.errors import RequestValidationError
 from kvloom.interfaces import LogitsProcessor, SequenceView, Stage, Tokenizer
 from kvloom.params import SamplingParams
+from kvloom_kernels.transfer import to_device
 
 
 def flat(ids: Sequence[np.ndarray], logits: Tensor) -> tuple[Tensor, Tensor]:
     """Row and token of every id of every row, for indexing ``logits [r, V]``."""
     rows = np.repeat(np.arange(len(ids)), [len(i) for i in ids])
-    return torch.from_numpy(rows).to(logits.device), torch.from_numpy(np.concatenate(ids)).to(logits.device)
+    return to_device(rows, logits.device), to_device(np.concatenate(ids), logits.device)
 
 
 def check_vocabulary(name: str, ids: Sequence[int], sequence: SequenceView) -> np.ndarray:
@@ -69,7 +70,7 @@ class LogitBias(LogitsProcessor):
 
     def apply(self, logits: Tensor, states: Sequence[tuple[np.ndarray, np.ndarray]]) -> Tensor:
         """See `LogitsProcessor.apply`."""
-        added = torch.from_numpy(np.concatenate([bias for _, bias in states])).to(logits.device)
+        added = to_device(np.concatenate([bias for _, bias in states]), logits.device)
         return logits.index_put_(flat([ids for ids, _ in states], logits), added, accumulate=True)
 
 

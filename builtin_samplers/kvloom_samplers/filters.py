@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvloom.interfaces import LogitsProcessor, SequenceView, Stage, Tokenizer
 from kvloom.params import SamplingParams
 from kvloom_kernels.sampling import top_p
+from kvloom_kernels.transfer import to_device
 
 
 class NumberProcessor(LogitsProcessor):
@@ -26,7 +28,7 @@ class NumberProcessor(LogitsProcessor):
     @staticmethod
     def column(states: Sequence[float], logits: Tensor) -> Tensor:
         """``[r, 1]`` float32."""
-        return torch.tensor(states, dtype=torch.float32, device=logits.device)[:, None]
+        return to_device(np.array(states, np.float32), logits.device)[:, None]
 
 
 class Temperature(NumberProcessor):
@@ -76,9 +78,9 @@ class TopK(Filter):
 
     def apply(self, logits: Tensor, states: Sequence[float]) -> Tensor:
         """See `LogitsProcessor.apply`."""
-        kept = torch.tensor(states, dtype=torch.int64, device=logits.device).clamp_(max=logits.shape[1])
+        kept = np.minimum(np.array(states, np.int64), logits.shape[1])
         best = logits.topk(int(kept.max()), dim=-1).values
-        return logits.masked_fill_(logits < best.gather(1, kept[:, None] - 1), -torch.inf)
+        return logits.masked_fill_(logits < best.gather(1, to_device(kept - 1, logits.device)[:, None]), -torch.inf)
 
 
 class TopP(Filter):

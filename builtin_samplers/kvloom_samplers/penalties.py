@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvloom.interfaces import LogitsProcessor, SequenceView, Stage, Tokenizer
 from kvloom.params import SamplingParams
+from kvloom_kernels.transfer import to_device
 from kvloom_samplers.bias import flat
 
 
@@ -88,9 +89,9 @@ class Penalties(LogitsProcessor):
         where = flat([s.ids for s in states], logits)
         counts = np.concatenate([s.counts for s in states])
         amounts = np.repeat(np.array([s.amounts for s in states], np.float32), lengths, axis=0)
-        taken = torch.from_numpy(amounts[:, 1] * counts + amounts[:, 2] * (counts > 0)).to(logits.device)
+        taken = to_device(amounts[:, 1] * counts + amounts[:, 2] * (counts > 0), logits.device)
         seen = np.concatenate([s.seen for s in states])
-        repetition = torch.from_numpy(np.where(seen, amounts[:, 0], np.float32(1))).to(logits.device)
+        repetition = to_device(np.where(seen, amounts[:, 0], np.float32(1)), logits.device)
         values = logits[where]
         logits[where] = torch.where(values > 0, values / repetition, values * repetition) - taken
         return logits

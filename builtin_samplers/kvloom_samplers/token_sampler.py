@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvloom.interfaces import SampledTokens, Sampler, SamplingRows
 from kvloom_kernels.sampling import best, draw
+from kvloom_kernels.transfer import to_device
 from kvloom_samplers.philox import uniforms
 
 
@@ -17,12 +18,11 @@ class TokenSampler(Sampler):
     def sample(self, logits: Tensor, rows: SamplingRows) -> SampledTokens:
         """See `Sampler.sample`."""
         largest, token_ids = best(logits)
-        failed = {int(i): "its logits are not finite: the model computed NaN or infinity for it"
-                  for i in torch.nonzero(~torch.isfinite(largest)).flatten().tolist()}
+        finite = torch.isfinite(largest)
         drawn = np.flatnonzero(rows.temperatures > 0)
         if len(drawn):
-            index = torch.from_numpy(drawn).to(logits.device)
+            index = to_device(drawn, logits.device)
             numbers = uniforms(rows.seeds[drawn], rows.sample_indices[drawn], rows.positions[drawn])
             asking = logits if len(drawn) == len(logits) else logits[index]
-            token_ids[index] = draw(asking, largest[index], torch.from_numpy(numbers).to(logits.device))
-        return SampledTokens(token_ids, failed=failed)
+            token_ids[index] = draw(asking, largest[index], to_device(numbers, logits.device))
+        return SampledTokens(token_ids, finite=finite)

@@ -22,6 +22,7 @@ def search(engine: RunningEngine, items: Sequence[Any], decoding: Decoding, prio
            use_tqdm: bool | Callable[..., Any], concurrency_limit: int | None, on_error: OnError) -> list[BeamSearchOutput]:
     """See `LLM.beam_search`. On any exception nothing of it stays in the engine."""
     check_bar(use_tqdm)
+    decoding.check()
     limit = len(items) if concurrency_limit is None else check_int("concurrency_limit", concurrency_limit, 1)
     return_errors = on_error == "return"
     call, outputs = Call(), dict[int, BeamSearchOutput]()

@@ -31,6 +31,15 @@ class Decoding:
     decoder: NamedDecoder
     params: Any
 
+    def check(self) -> None:
+        """Raises what the decoder has against the parameters, `RequestFailedError` when it breaks over them."""
+        try:
+            self.decoder.decoder.check(self.params)
+        except RequestError:
+            raise
+        except Exception as error:
+            raise self.decoder.failure(f"raised {type(error).__name__}: {error}") from error
+
 
 def find_decoder(registry: Registry[Any], name: str) -> NamedDecoder:
     """Make the decoder that is registered under a name.

@@ -314,6 +314,7 @@ class LLM(PoolingCalls, Maintenance, OtherVersions):
             structure: as a request would give it.
 
         Raises:
+            RequestTypeError: `structure` is something else.
             RequestValidationError: it breaks a limit, or is no grammar at all.
         """
         return self.llm_engine.validate_grammar(structure)

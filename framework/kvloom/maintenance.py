@@ -18,8 +18,6 @@ R = TypeVar("R")
 ENGINES_OWN = frozenset(name for name, value in vars(Worker).items() if not name.startswith("_") and callable(value))
 """Methods of workers that change what the engine counts on."""
 LONGEST_TIMEOUT_S = 10.0**6
-DEVICE = "cpu"
-"""The only kind of device so far."""
 
 
 @refuses_arguments
@@ -100,13 +98,14 @@ class Maintenance(ABC):
         """Forget cached prefixes, those on the host too. False, and nothing happens, while requests hold blocks.
 
         Args:
-            device: of vLLM: whose cache; None or this engine's device, which is "cpu".
+            device: of vLLM: whose cache; None or this engine's device, by its name.
 
         Raises:
             UnsupportedFeatureError: another device.
         """
-        if device is not None and str(getattr(device, "name", device)).lower() != DEVICE:
-            raise UnsupportedFeatureError("device", device, f"this engine's blocks are on {DEVICE!r}; leave it out")
+        names = self.llm_engine.device_names
+        if device is not None and str(getattr(device, "name", device)).lower() not in names:
+            raise UnsupportedFeatureError("device", device, f"this engine's blocks are on {names[0]!r}; leave it out")
         return self.llm_engine.reset_prefix_cache()
 
     def sleep(self, level: int = 1) -> None:

@@ -57,12 +57,14 @@ class RunningEngine(Upkeep, OtherEngineVersions):
         defaults: sampling parameters of requests that bring none.
         plan: the memory plan that its worker follows.
         report: what the start took and chose.
+        device_names: what its device is called.
     """
 
     def __init__(self, config: EngineConfig, engine: Engine, executor: Executor, plugins: PluginSet, rules: RequestRules,
-                 defaults: SamplingParams, plan: MemoryPlan, report: StartReport) -> None:
+                 defaults: SamplingParams, plan: MemoryPlan, report: StartReport, device_names: tuple[str, ...]) -> None:
         self.config, self.engine, self.executor, self.plugins = config, engine, executor, plugins
         self.rules, self.defaults, self.plan, self.report = rules, defaults, plan, report
+        self.device_names = device_names
         self.sleeper = Sleeper(executor, lambda: sum(executor.call(held_bytes)))
         self._chat: ChatFormatter | None = None
         self._changed: deque[Request] = deque()  # by steps, and not looked at yet

@@ -9,7 +9,7 @@ from kvloom.config.class_path import make_instance
 from kvloom.config.other_values import instead
 from kvloom.config.pooling import PoolingPlan
 from kvloom.core import Engine, Scheduler
-from kvloom.errors import ConfigError, ManifestMismatchError, NotRegisteredError, RequestValidationError
+from kvloom.errors import ConfigError, ManifestMismatchError, NotRegisteredError, RequestValidationError, shown
 from kvloom.hooks.loader import PluginSet, load_plugins
 from kvloom.interfaces import Executor, SchedulingPolicy, Worker
 from kvloom.logs import get_logger
@@ -19,7 +19,9 @@ from kvloom.running import RunningEngine
 from kvloom.runtime.host_memory import host_memory
 from kvloom.start_report import PhaseTimer, StartReport
 from kvloom.stats_log import StatsLog
+from kvloom.text.chat import read_template
 from kvloom.text.grammar_gate import find_grammar, open_gate
+from kvloom.text.templates import TemplateRenderer
 from kvloom.text.tokenizer import import_tokenizer, open_tokenizer
 from kvloom.torch_import import import_torch
 
@@ -51,6 +53,7 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
         source = builder.open_source(config, plugins)
     with timer.phase("tokenizer"):
         tokenizer = None if tokenizer_class is None else open_tokenizer(config, source.directory, tokenizer_class)
+        _check_chat_template(config.model.chat_template)
         find_grammar(config.features.guided_decoding_backend, plugins)
         grammars = None
         if tokenizer is not None:
@@ -83,9 +86,10 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
                 config.model.seed, str(source.directory), source.config.vocab_size, source.max_model_len, config.features.max_logprobs,
                 limits.cached, EndTokens.of(source.end_token_ids, tokenizer), tokenizer, pipeline, executor.call(_extra_inputs)[0],
                 grammars, _pooling_rules(plugins, source.pooling, executor, source.config.vocab_size))
-        notes = (f"task: {source.task}", f"dtype: {dtype_name(source.dtype)}", *report.notes, *torch_notes, *plugins.notes)
+        notes = (f"task: {source.task}", f"device: {source.device.describe()}", f"dtype: {dtype_name(source.dtype)}",
+                 *report.notes, *torch_notes, *plugins.notes)
         start = StartReport(tuple(timer.phases), timer.elapsed_s, plan.num_blocks, plan.capacity_tokens, notes)
-        running = RunningEngine(config, engine, executor, plugins, rules, source.defaults, plan, start)
+        running = RunningEngine(config, engine, executor, plugins, rules, source.defaults, plan, start, source.device.names)
     except BaseException:
         executor.close()
         raise
@@ -102,6 +106,19 @@ def _log_notes(config: EngineConfig) -> None:
         warning = config.cache.swap_space_note(host_memory().total_bytes)
         if warning is not None:
             get_logger().warning("configuration", note=warning)
+
+
+def _check_chat_template(given: str | None) -> None:
+    """Raises `ConfigError` for one that no conversation could be rendered with."""
+    if given is None:
+        return
+    renderer = TemplateRenderer()
+    try:
+        renderer.check(read_template(given))
+    except RequestValidationError as error:
+        raise ConfigError(f"chat_template={shown(given)}: {error}") from error
+    finally:
+        renderer.close()
 
 
 def _chunkable(worker: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from kvloom.config import EngineConfig
 from kvloom.core import Engine
-from kvloom.errors import EngineStateError, InternalError
+from kvloom.errors import EngineStateError, InternalError, RequestTypeError
 from kvloom.hooks.loader import PluginSet
 from kvloom.interfaces import Executor, GrammarProblem
 from kvloom.logs import get_logger
@@ -83,6 +83,9 @@ class Upkeep(ABC):
 
     def validate_grammar(self, structure: StructuredOutputsParams) -> list[GrammarProblem]:
         """See `LLM.validate_grammar`."""
+        if not isinstance(structure, StructuredOutputsParams):
+            raise RequestTypeError(f"structure must be StructuredOutputsParams, got {type(structure).__name__}: for a JSON schema, "
+                                   "StructuredOutputsParams(json=schema)", "structure", structure)
         with self._alone("validate_grammar()"):
             return self.rules.need_grammars().validate(structure)
 

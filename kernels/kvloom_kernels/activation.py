@@ -37,7 +37,7 @@ def gated_mul_reference(gate_up: Tensor, finish: Finish) -> Tensor:
 
 def gated_mul(gate_up: Tensor, finish: Finish) -> Tensor:
     """See `gated_mul_reference`. A row's result does not depend on the other rows."""
-    if not (gate_up.dim() == 2 and gate_up.is_contiguous() and is_native(gate_up)):
+    if not (gate_up.dim() == 2 and gate_up.shape[1] % 2 == 0 and gate_up.is_contiguous() and is_native(gate_up)):
         return gated_mul_reference(gate_up, finish)
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = empty((rows, width), gate_up.dtype)

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from kvloom_kernels.call import pointer
+from kvloom_kernels.norm import rms_norm_reference
 from kvloom_kernels.plan import run
 
 WORKSPACE_BYTES = 8 * 2**20
@@ -85,14 +86,14 @@ def paged_attention_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, block
         ``[T, Hq, Dv]`` float32.
     """
     num_heads, block_tokens = q.shape[1], k_cache.shape[2]
-    out = torch.zeros(q.shape[0], num_heads, v_cache.shape[3])
+    out = torch.zeros(q.shape[0], num_heads, v_cache.shape[3], device=q.device)
     for r, context in enumerate(context_tokens.tolist()):
         start, stop = int(query_starts[r]), int(query_starts[r + 1])
         blocks = block_table[r, : -(-context // block_tokens)].long()
         keys, values = (c[blocks].transpose(1, 2).flatten(0, 1)[:context].float() for c in (k_cache, v_cache))  # [context, Hk, D]
-        positions = torch.arange(context - (stop - start), context)
-        seen = visible(positions, torch.arange(context), scores)  # [Q, context]
-        first = int(seen.any(0).int().argmax())  # what fell out of the window may be anybody's
+        before = context - (stop - start)
+        seen = visible(torch.arange(before, context, device=q.device), torch.arange(context, device=q.device), scores)  # [Q, context]
+        first = 0 if scores.window_tokens is None else max(0, before - scores.window_tokens + 1)  # what fell out may be anybody's
         keys, values, seen = keys[first:], values[first:], seen[:, first:]
         keys, values = (x.repeat_interleave(num_heads // x.shape[1], dim=1) for x in (keys, values))
         logits = torch.einsum("qhd,khd->hqk", q[start:stop].float(), keys) * scores.scale
@@ -111,6 +112,15 @@ def cache_shapes(kv_heads: int, dim: int, value_dim: int, block_tokens: int, dty
     """Shapes of keys and values of one block, as the C++ kernel keeps them."""
     side = side_elements(dtype)
     return (kv_heads, -(-dim // side), block_tokens, side), (kv_heads, -(-block_tokens // side), value_dim, side)
+
+
+def kernel_caches(k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
+    """Caches ``[N, Hk, B, D]`` and ``[N, Hk, B, Dv]`` as the C++ kernel keeps them, copied; the padding is 0."""
+    side = side_elements(k_cache.dtype)
+    (blocks, kv_heads, block_tokens, _), value_dim = k_cache.shape, v_cache.shape[3]
+    keys = pad(k_cache, (0, -k_cache.shape[3] % side)).reshape(blocks, kv_heads, block_tokens, -1, side)
+    values = pad(v_cache, (0, 0, 0, -block_tokens % side)).reshape(blocks, kv_heads, -1, side, value_dim)
+    return keys.transpose(2, 3).contiguous(), values.transpose(3, 4).contiguous()
 
 
 def side_elements(dtype: torch.dtype) -> int:
@@ -136,6 +146,24 @@ def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Te
         q.shape[1], k_cache.shape[1], q.shape[2], v_cache.shape[3], block_tokens, scores.window_tokens or 0, scores.causal,
         q.dtype is torch.bfloat16, scores.scale, scores.soft_cap or 0.0))
     return out
+
+
+def norm_rope_write_reference(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
+                              rotation: tuple[Tensor, Tensor] | None = None, norms: tuple[Tensor, Tensor] | None = None,
+                              eps: float = 0.0) -> None:
+    """See `norm_rope_write`; caches are ``[N, Hk, B, D]`` and ``[N, Hk, B, Dv]``."""
+    for heads, norm in zip((q, k), norms or (None, None), strict=True):
+        if norm is not None:
+            heads.copy_(rms_norm_reference(heads, norm, eps))
+        if rotation is not None:
+            table, positions = rotation
+            cosines, sines = table[positions][:, None].chunk(2, dim=-1)  # [T, 1, Dr / 2]
+            turned = heads[..., :table.shape[1]]
+            first, second = turned.float().chunk(2, dim=-1)
+            turned.copy_(torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1))
+    block_tokens = k_cache.shape[2]
+    for cache, heads in ((k_cache, k), (v_cache, v)):
+        cache[slots // block_tokens, :, slots % block_tokens] = heads
 
 
 def norm_rope_write(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, block_tokens: int,

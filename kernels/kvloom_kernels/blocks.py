@@ -6,11 +6,13 @@ import ctypes
 import mmap
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvloom_kernels.native import problem
 from kvloom_kernels.plan import run
+from kvloom_kernels.transfer import to_device
 
 Pair = tuple[int, int]
 """Source and target of a copy."""
@@ -43,11 +45,11 @@ def copy_blocks(tensors: Sequence[Tensor], pairs: Sequence[Pair]) -> None:
     least = min(t.shape[0] for t in tensors)
     if not all(0 <= block < least for pair in pairs for block in pair):
         raise IndexError(f"blocks must be in [0, {least}): {pairs}")
-    if problem() is None and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors):
+    if all(t.device.type == "cpu" and t.is_contiguous() for t in tensors) and problem() is None:
         _copy_on_host(tensors, pairs)
         return
     for part in _independent(pairs):
-        sources, targets = torch.tensor(part, device=tensors[0].device).T
+        sources, targets = to_device(np.array(part).T, tensors[0].device)
         for tensor in tensors:
             as_bytes = tensor.view(torch.uint8)  # dtypes of 8 bits cannot be indexed everywhere
             as_bytes.index_copy_(0, targets, as_bytes.index_select(0, sources))
@@ -59,6 +61,12 @@ def _copy_on_host(tensors: Sequence[Tensor], pairs: Sequence[Pair]) -> None:
     sizes = (ctypes.c_int64 * count)(*(t.nbytes // t.shape[0] for t in tensors))
     flat = (ctypes.c_int64 * (2 * len(pairs)))(*(block for pair in pairs for block in pair))
     run("kvloom_copy_blocks", _Copies(*(ctypes.addressof(array) for array in (starts, sizes, flat)), count, len(pairs)))
+
+
+def touch_reference(tensors: Sequence[Tensor]) -> None:
+    """A zero at the beginning of each page of each tensor's memory."""
+    for tensor in tensors:
+        tensor.view(-1).view(torch.uint8)[::mmap.PAGESIZE] = 0
 
 
 def touch(tensors: Sequence[Tensor]) -> None:

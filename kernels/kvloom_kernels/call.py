@@ -14,8 +14,12 @@ DTYPES = (torch.float32, torch.bfloat16)
 def is_native(*tensors: Tensor) -> bool:
     """Whether the kernels can take these: on the CPU, one of `DTYPES`, all the same, and the kernels are there."""
     first = tensors[0]
-    return (first.device.type == "cpu" and first.dtype in DTYPES and all(t.dtype is first.dtype for t in tensors)
-            and problem() is None)
+    return computes(first.dtype, first.device) and all(t.dtype is first.dtype for t in tensors)
+
+
+def computes(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels take tensors of this dtype there."""
+    return device.type == "cpu" and dtype in DTYPES and problem() is None
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding as lookup_reference
 from torch.nn.functional import linear as linear_reference
+from torch.nn.functional import pad
 
 from kvloom_kernels.activation import Finish, gated_mul, gated_mul_reference
 from kvloom_kernels.call import is_native, pointer
@@ -71,6 +72,14 @@ def panel_features() -> int:
     return count
 
 
+def pack_reference(weight: Tensor, features: int) -> Tensor:
+    """See `pack`: panels of so many output features, ``[out / features, in / S, features, S]`` in one axis, where S is 2 for bfloat16
+    and 1 for float32, and what is beyond out or in is 0."""
+    side = 4 // weight.element_size()
+    padded = pad(weight, (0, -weight.shape[1] % side, 0, -weight.shape[0] % features))
+    return padded.reshape(-1, features, padded.shape[1] // side, side).transpose(1, 2).flatten()
+
+
 def pack(weight: Tensor) -> Tensor:
     """``weight [out, in]`` float32 or bfloat16, on the CPU -> its panels, one axis of the same dtype.
 
@@ -113,10 +122,13 @@ def product(x: Tensor, packed: Tensor, shape: WeightShape, bias: Tensor | None =
         ``[T, out]``, or ``[T, out / 2]`` of an activated gated product.
 
     Raises:
-        ValueError: x or the weight is not what `shape` says.
+        ValueError: x, the weight or the bias is not what `shape` says.
     """
     if x.shape[-1] != shape.in_features or x.dtype is not packed.dtype or packed.numel() != packed_elements(shape, packed.dtype):
         raise ValueError(f"{tuple(x.shape)} {x.dtype} cannot be multiplied with {packed.numel()} packed {packed.dtype} of {shape}")
+    if bias is not None and (bias.dtype is not x.dtype or bias.shape != shape[:1]):
+        raise ValueError(f"{tuple(bias.shape)} {bias.dtype} is no bias of {shape.out_features} {x.dtype} features")
+    bias = None if bias is None else bias.contiguous()
     if x.stride(-1) != 1:
         x = x.contiguous()
     if finish and shape.out_features // 2 % panel_features():  # the halves have no panels of their own
@@ -137,8 +149,8 @@ def lookup(token_ids: Tensor, table: Tensor, shape: WeightShape | None = None) -
     """
     if not is_native(table):
         return lookup_reference(token_ids, table)
-    width = table.shape[1] if shape is None else shape.in_features
+    width, token_ids = table.shape[1] if shape is None else shape.in_features, token_ids.contiguous()
     out = empty((token_ids.shape[0], width), table.dtype)
-    run("kvloom_lookup", _Lookup(pointer(token_ids.contiguous()), pointer(table), pointer(out), token_ids.shape[0], width,
+    run("kvloom_lookup", _Lookup(pointer(token_ids), pointer(table), pointer(out), token_ids.shape[0], width,
                                  table.dtype is torch.bfloat16, shape is not None))
     return out

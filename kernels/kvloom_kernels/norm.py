@@ -26,7 +26,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `rms_norm_reference`."""
-    if not (x.is_contiguous() and is_native(x, weight)):
+    if not _is_taken(x, weight):
         return rms_norm_reference(x, weight, eps)
     out = empty(x.shape, x.dtype)
     _call(x, None, weight, None, out, eps)
@@ -35,12 +35,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """``(norm(residual + x), residual + x)``; all ``[T, W]``."""
-    if not (x.is_contiguous() and residual.is_contiguous() and is_native(x, residual, weight)):
+    if not (_is_taken(x, weight) and residual.shape == x.shape and residual.is_contiguous() and residual.dtype is x.dtype):
         stream = residual + x
         return rms_norm_reference(stream, weight, eps), stream
     out, stream = empty(x.shape, x.dtype), empty(x.shape, x.dtype)
     _call(x, residual, weight, stream, out, eps)
     return out, stream
+
+
+def _is_taken(x: Tensor, weight: Tensor) -> bool:
+    return x.is_contiguous() and weight.is_contiguous() and weight.shape == x.shape[-1:] and is_native(x, weight)
 
 
 def _call(x: Tensor, residual: Tensor | None, weight: Tensor, stream: Tensor | None, out: Tensor, eps: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -32,10 +33,21 @@ def top_p_reference(logits: Tensor, p: Tensor) -> Tensor:
 def top_p(logits: Tensor, p: Tensor) -> Tensor:
     """See `top_p_reference`. One pass over each row finds the threshold's first digits, two more over few elements the rest."""
     if not (logits.dtype is torch.float32 and logits.is_contiguous() and is_native(logits, p)):
-        return top_p_reference(logits, p)
+        for part, own in _parts(logits, p):
+            top_p_reference(part, own)
+        return logits
     p = p.contiguous()
     unrecorded("kvloom_top_p")(pointer(logits), pointer(p), logits.shape[0], logits.shape[1], torch.get_num_threads())
     return logits
+
+
+DEVICE_ROWS = 64
+"""Rows that torch sorts or sums up at one time, which takes many times their memory."""
+
+
+def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of all of them, `DEVICE_ROWS` at a time."""
+    return zip(*(torch.split(t, DEVICE_ROWS) for t in tensors), strict=True)
 
 
 def best_reference(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +85,7 @@ def draw_reference(logits: Tensor, best: Tensor, uniform: Tensor) -> Tensor:
 def draw(logits: Tensor, best: Tensor, uniform: Tensor) -> Tensor:
     """See `draw_reference`."""
     if not (logits.dtype is torch.float32 and logits.is_contiguous() and is_native(logits)):
-        return draw_reference(logits, best, uniform)
+        return torch.cat([draw_reference(*part) for part in _parts(logits, best, uniform)])
     best, uniform = best.contiguous(), uniform.contiguous()
     out = torch.empty(logits.shape[0], dtype=torch.int64)
     unrecorded("kvloom_draw")(pointer(logits), pointer(best), pointer(uniform), pointer(out), logits.shape[0], logits.shape[1],
@@ -121,8 +133,30 @@ def token_logprobs_reference(logits: Tensor, token_ids: Tensor, k: int) -> Token
     return TokenLogprobs(ids, logits.double().log_softmax(-1).gather(1, ids).float(), torch.cat((larger + 1, places), dim=1))
 
 
+def token_logprobs_torch(logits: Tensor, token_ids: Tensor, k: int) -> TokenLogprobs:
+    """See `token_logprobs_reference`, of any device, without waiting for it: ids out of range are not found, and count as the nearest.
+
+    Logits and places are sorted as one number, so that ties go to the lower token id whatever the device's order is.
+    """
+    _check_shapes(logits, token_ids, k)
+    chosen = token_ids.clamp(0, logits.shape[1] - 1)[:, None]
+    wide = logits.float()
+    own = wide.gather(1, chosen)
+    bits = (wide + 0.0).view(torch.int32)  # 0.0 has one sign
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    keys = (ordered << 32) | (2**32 - 1 - torch.arange(logits.shape[1], device=logits.device))
+    best = 2**32 - 1 - (keys.topk(k, dim=-1).values & (2**32 - 1))
+    ids = torch.cat((chosen, best), dim=1)
+    places = torch.arange(1, k + 1, device=logits.device).expand(len(token_ids), k)
+    ranks = torch.cat(((wide > own).sum(-1, keepdim=True) + 1, places), dim=1)
+    return TokenLogprobs(ids, wide.log_softmax(-1).gather(1, ids), ranks)
+
+
 def token_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> TokenLogprobs:
     """See `token_logprobs_reference`. Two passes over each row, without sorting it, for up to `LIST_LIMIT` best tokens."""
+    if logits.device.type != "cpu":
+        parts = [token_logprobs_torch(part, ids, k) for part, ids in _parts(logits, token_ids)]
+        return TokenLogprobs(*map(torch.cat, zip(*parts, strict=True)))
     if not (k <= LIST_LIMIT and token_ids.device == logits.device and is_native(logits) and logits.ndim == 2 and logits.stride(1) == 1):
         return token_logprobs_reference(logits, token_ids, k)
     _check(logits, token_ids, k)
@@ -136,11 +170,15 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> TokenLogprobs:
 
 def _check(logits: Tensor, token_ids: Tensor, k: int) -> None:
     """Raises ValueError for what would make the kernel read or write out of bounds."""
+    _check_shapes(logits, token_ids, k)
+    if ((token_ids < 0) | (token_ids >= logits.shape[1])).any():
+        raise ValueError(f"token_ids must be in [0, {logits.shape[1]})")
+
+
+def _check_shapes(logits: Tensor, token_ids: Tensor, k: int) -> None:
     if logits.ndim != 2 or token_ids.shape != logits.shape[:1] or token_ids.dtype is not torch.int64:
         raise ValueError(f"logits [r, V] and int64 token_ids [r] are needed, not {list(logits.shape)} and {token_ids.dtype} "
                          f"{list(token_ids.shape)}")
     size = logits.shape[1]
     if not 0 <= k <= size:
         raise ValueError(f"k must be in 0 to {size}, the size of the vocabulary, not {k}")
-    if ((token_ids < 0) | (token_ids >= size)).any():
-        raise ValueError(f"token_ids must be in [0, {size})")

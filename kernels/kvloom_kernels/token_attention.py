@@ -25,13 +25,13 @@ def token_attention_reference(q: Tensor, k: Tensor, v: Tensor, query_starts: np.
     Returns:
         ``[T, Hq, Dv]`` float32.
     """
-    out = torch.zeros(q.shape[0], q.shape[1], v.shape[2])
+    out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], device=q.device)
     for part in _rows(query_starts):
         keys, values = (x[part].float().repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         logits = torch.einsum("qhd,khd->hqk", q[part].float(), keys) * scores.scale
         if scores.soft_cap is not None:
             logits = scores.soft_cap * torch.tanh(logits / scores.soft_cap)
-        places = torch.arange(keys.shape[0])
+        places = torch.arange(keys.shape[0], device=q.device)
         weights = logits.masked_fill(~visible(places, places, scores), -torch.inf).softmax(-1)
         out[part] = torch.einsum("hqk,khd->qhd", weights, values)
     return out

@@ -218,6 +218,19 @@ def test_beam_search__wrong_values_are_refused_at_construction_and_at_admission(
     assert_idle(llm)
 
 
+@pytest.mark.parametrize("wrong", [SamplingParams(), None, {"beam_width": 2, "max_tokens": 3}], ids=["sampling", "none", "dict"])
+@pytest.mark.parametrize("prompts", [[], ["a"]], ids=["no prompts", "a prompt"])
+def test_beam_search__other_parameters_are_refused_with_and_without_prompts(llm: LLM, prompts: list, wrong: object) -> None:
+    for on_error in ("raise", "return"):
+        with pytest.raises(RequestTypeError, match="params must be BeamSearchParams"):
+            llm.beam_search(prompts, wrong, on_error=on_error)
+    changed = BeamSearchParams(2, 3)
+    changed.beam_width = 0
+    with pytest.raises(RequestValidationError, match="beam_width"):
+        llm.beam_search(prompts, changed)
+    assert_idle(llm)
+
+
 @pytest.mark.parametrize("args", [(), (2,), (2, 3, False, 0.0, 1.0, False, True, 1)])
 def test_beam_search__missing_and_surplus_arguments_are_type_errors(args: tuple) -> None:
     with pytest.raises(TypeError):
@@ -374,68 +387,3 @@ def test_beam_search__one_broken_request_of_eight_leaves_seven_as_they_are(llm: 
     assert {i for i, o in enumerate(outputs) if o.error} <= touched
     assert sum(o.error is None for o in outputs) >= 5
     assert search(llm, prompts, 3, 6, **NO_END) == undisturbed
-
-
-# -- other decoders
-
-DECODER = """
-from pydantic import BaseModel
-from kvloom import hookimpl
-from kvloom.errors import RequestValidationError
-from kvloom.interfaces import Branch, Branching, Decision, Decoder, FinishedBranch
-KVLOOM_API = {"decoders": 0}
-@hookimpl
-def kvloom_register_decoders(registry):
-    registry.add("fork-then-greedy", "acme_0:ForkThenGreedy")
-class ForkThenGreedy(Decoder):
-    '''The `ways` best first tokens, each followed greedily.'''
-    def start(self, params, prompt_token_ids, eos_token_ids, room_tokens):
-        if params["ways"] == 0:
-            raise RequestValidationError("ways must be at least 1", "ways", 0)
-        tokens = params.get("tokens", 4)
-        return (params, tokens), Branching(params["ways"], params["ways"], tokens, params["ways"])
-    def decide(self, state, candidates):
-        params, left = state
-        if params.get("breaks") == left:
-            raise KeyError("lost")
-        if params.get("unknown") == left:
-            return state, Decision((Branch(0, 10**6, -1.0),))
-        if left == 1:
-            ended = [FinishedBranch(c.branch, (c.best[0].token_id,), -c.branch, c.cumulative_logprob + c.best[0].logprob, "length") for c in candidates]
-            return state, Decision((), tuple(ended))
-        if len(candidates) == 1 and not candidates[0].token_ids:
-            live = [Branch(0, c.token_id, c.logprob) for c in candidates[0].best]
-        else:
-            live = [Branch(c.branch, c.best[0].token_id, c.best[0].logprob) for c in candidates]
-        return (params, left - 1), Decision(tuple(live))
-"""
-
-
-@pytest.fixture
-def forking(install, checkpoint: Path) -> Iterator[LLM]:
-    install("acme", {"acme": DECODER})
-    with LLM(str(checkpoint), dtype="float32") as made:
-        yield made
-
-
-def test_beam_search__a_strangers_decoder_comes_through_the_same_door(forking: LLM, truth: Truth) -> None:
-    (output,) = forking.beam_search([[1, 2, 3]], {"ways": 3, "tokens": 6}, decoder="fork-then-greedy")
-    first = truth.after([1, 2, 3]).topk(3).indices.tolist()
-    assert [s.tokens for s in output.sequences] == [[1, 2, 3, t, *truth.greedy([1, 2, 3, t], 5)] for t in first]
-    assert_idle(forking)
-
-
-@pytest.mark.parametrize(("params", "error", "message"), [
-    ({"ways": 0}, RequestValidationError, "ways must be at least 1"), ({}, RequestFailedError, "raised KeyError: 'ways'"),
-    ({"ways": 2, "breaks": 2}, RequestFailedError, "raised KeyError: 'lost'"), ({"ways": 2, "unknown": 3}, RequestFailedError, "chose the token 1000000"),
-    ({"ways": 2, "tokens": 0}, RequestFailedError, "needs what cannot be"), ({"ways": 2, "tokens": 10**6}, RequestFailedError, "needs what cannot be"),
-    ({"ways": 30}, RequestValidationError, "needs 30 candidates"),
-], ids=str)
-def test_beam_search__a_decoder_that_breaks_is_named_and_the_engine_goes_on(forking: LLM, params: dict, error: type, message: str) -> None:
-    with pytest.raises(error, match=message) as caught:
-        forking.beam_search([[1, 2, 3]], params, decoder="fork-then-greedy")
-    if error is RequestFailedError:
-        assert "decoder 'fork-then-greedy' (plugin 'acme' of acme 1.0)" in str(caught.value)
-    assert_idle(forking)
-    good, bad = forking.beam_search([[1, 2, 3], "b"], BeamSearchParams(2, 3))
-    assert len(good.sequences) == len(bad.sequences) == 2

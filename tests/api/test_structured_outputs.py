@@ -213,6 +213,13 @@ def test_validate_grammar__lists_everything_that_cannot_be_enforced(llm: LLM) ->
     assert llm.validate_grammar(StructuredOutputsParams(json=PERSON)) == []
 
 
+@pytest.mark.parametrize("wrong", [PERSON, "a+", None], ids=["a schema", "a pattern", "nothing"])
+def test_validate_grammar__takes_what_a_request_takes(llm: LLM, wrong: object) -> None:
+    with pytest.raises(RequestTypeError, match=r"must be StructuredOutputsParams, got .*StructuredOutputsParams\(json=schema\)"):
+        llm.validate_grammar(wrong)
+    assert llm.validate_grammar(StructuredOutputsParams(regex="a+")) == []
+
+
 # -- how it is asked for
 
 def test_guided_decoding__is_the_older_name(llm: LLM) -> None:

@@ -112,7 +112,7 @@ def suggestions(table: str) -> dict[str, int]:
 @pytest.mark.parametrize("values", [{"kv_cache_memory": "16KiB"}, {"kv_cache_memory": "1TiB"}, {"num_gpu_blocks_override": 10**9}], ids=str)
 def test_the_engines_refusal_is_the_plans_table_and_each_suggested_value_works(small_checkpoint: Path, capsys, values: dict,
                                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvloom.runtime.worker.host_memory", lambda: DeviceMemory(256 * 2**20, 64 * 2**20))
+    monkeypatch.setattr("kvloom.runtime.device.host_memory", lambda: DeviceMemory(256 * 2**20, 64 * 2**20))
     with pytest.raises(MemoryPlanError) as caught:
         LLM(str(small_checkpoint), dtype="float32", **values)
     options = [f"--set={name}={value}" for name, value in values.items()]

@@ -244,6 +244,26 @@ def test_chat_template__of_the_engine_serves_conversations_without_one_of_their_
         llm.chat(message, dry_run=True)
 
 
+def test_chat_template__that_cannot_be_compiled_is_refused_before_weights_are_read(
+        small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken, no_text = tmp_path / "broken.jinja", tmp_path / "no_text.jinja"
+    broken.write_text("{% for m in messages %}{{ m.content }}")
+    no_text.write_bytes(b"{{ \xff }}")
+    with monkeypatch.context() as patch:
+        patch.setattr("kvloom.runtime.worker.make_loader", lambda *_: pytest.fail("weights were read"))
+        for given, message in (("{% if %}", "TemplateSyntaxError"), ("{{ x | nonsense }}", "No filter named 'nonsense'"),
+                               ("{{ 1 }}" * 2**18, "at most 1048576 are taken"), (str(broken), "endfor"), (str(no_text), "no file that can be read")):
+            with pytest.raises(ConfigError, match=f"(?s)^chat_template=.*{message}"):
+                engine(small_checkpoint, chat_template=given)
+
+
+def test_chat_template__that_fails_on_a_conversation_fails_the_request(small_checkpoint: Path) -> None:
+    with engine(small_checkpoint, chat_template="{{ raise_exception('no') if messages[0].content == 'Hi' }}Yes") as llm:
+        with pytest.raises(RequestValidationError, match="cannot be rendered.*no"):
+            llm.chat([{"role": "user", "content": "Hi"}], dry_run=True)
+        assert llm.chat([{"role": "user", "content": "Ho"}], dry_run=True)[0].prompt == "Yes"
+
+
 def image(url: Any) -> list[dict]:
     return [{"role": "user", "content": [{"type": "text", "text": "Look:"}, {"type": "image_url", "image_url": url}]}]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from parameter_helpers import GREEDY, PROMPT, SAMPLED, engine, observer, plugin, run, scores, token_ids
 
 from kvloom import LLM, SamplingParams
@@ -277,7 +278,8 @@ def test_kv_cache_dtype__is_the_models(small_checkpoint: Path, given: str) -> No
 
 
 @pytest.mark.parametrize("given", ["auto", "cpu"])
-def test_device__is_the_cpu(small_checkpoint: Path, given: str) -> None:
+def test_device__is_the_cpu_where_there_is_no_gpu(small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with engine(small_checkpoint, device=given) as llm:
         (devices,) = llm.apply_model(lambda model: {p.device.type for p in model.parameters()})
         assert devices == {"cpu"}

@@ -17,6 +17,7 @@ from kvloom.params import PoolingParams
 from kvloom.runtime.batch import BatchState
 from kvloom.runtime.builder import build_model, open_source
 from kvloom.runtime.comm import LocalComm
+from kvloom.runtime.device import CpuDevice
 from kvloom.runtime.forward import Forward, LayerState
 from kvloom.runtime.logits import LogitsPipeline
 from kvloom.runtime.runner import Runner
@@ -102,7 +103,7 @@ class OurEncoder:
         self.report = load_weights(built.model, make_loader(config, plugins), directory)
         state = BatchState(max_num_seqs, self.source.max_model_len, (), extra_inputs=tuple(built.model.extra_inputs))
         layers = LayerState((), len(built.model.state_specs()), built.backends, {})
-        self.runner = Runner(built.model, Forward(built.model, comm, layers, torch.device("cpu")), TokenSampler(), LogitsPipeline(()),
+        self.runner = Runner(built.model, Forward(built.model, comm, layers, CpuDevice()), TokenSampler(), LogitsPipeline(()),
                              state)
         self._next = 0
 

@@ -196,6 +196,28 @@ class Picky(TokenSampler):
     assert [tokens(o) for i, o in enumerate(outputs) if i != BAD] == [t for i, t in enumerate(undisturbed) if i != BAD]
 
 
+@pytest.mark.parametrize("token_id", [-1, 288, 2**40])
+def test_a_sampler_that_makes_tokens_up_fails_their_rows(install, small_checkpoint: Path, undisturbed: list, token_id: int) -> None:
+    install("acme", {"acme": f"""
+from kvloom import hookimpl
+from kvloom_samplers.token_sampler import TokenSampler
+KVLOOM_API = {{"samplers": 0}}
+@hookimpl
+def kvloom_register_samplers(registry):
+    registry.add("default", "acme_0:Inventive")
+class Inventive(TokenSampler):
+    def sample(self, logits, rows):
+        done = super().sample(logits, rows)
+        for row in ((rows.seeds == 3) & (rows.positions == 6)).nonzero()[0]:
+            done.token_ids[row] = {token_id}
+        return done
+"""})
+    with LLM(str(small_checkpoint), dtype="float32", providers={"samplers": {"default": "acme"}}) as llm:
+        outputs = llm.generate(PROMPTS, GOOD, use_tqdm=False, on_error="return")
+    assert f"gave the token id {token_id}: there are 0 to 287" in str(outputs[BAD].error)
+    assert [tokens(o) for i, o in enumerate(outputs) if i != BAD] == [t for i, t in enumerate(undisturbed) if i != BAD]
+
+
 def test_a_tokenizer_that_cannot_decode_fails_its_request(small_checkpoint: Path, undisturbed: list) -> None:
     with LLM(str(small_checkpoint), dtype="float32") as llm:
         tokenizer = llm.llm_engine.tokenizer

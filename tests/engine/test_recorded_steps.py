@@ -18,6 +18,7 @@ from kvloom import LLM, SamplingParams
 from kvloom.interfaces import AttentionBatch
 from kvloom.runtime.batch import GroupIndices, StepIndices
 from kvloom.runtime.capture import PlanCapture
+from kvloom.runtime.device import CpuDevice
 from kvloom.runtime.graphs import Buffers
 from kvloom.testing.checkpoints import make_checkpoint
 from kvloom_kernels.attention import Scores
@@ -268,18 +269,18 @@ def test_without_room_nothing_is_recorded() -> None:
 
 
 def test_rows_beyond_a_step_work_on_the_block_of_nobody() -> None:
-    buffers = Buffers(4, [3, 2])
+    buffers = Buffers(4, [3, 2], 40, CpuDevice())
     full = StepIndices(np.arange(4), np.arange(5, dtype=np.int32), np.full(4, 33, np.int32), np.full(4, 7), np.full(4, 32),
                        (GroupIndices(np.full((4, 3), 9, np.int32), np.full(4, 144)),) * 2, np.arange(4), {})
     narrow = full.groups[0].block_table[:, :2]
     buffers.fill(StepIndices(full.rows, full.query_starts, full.context_tokens, full.token_ids, full.positions,
-                             (full.groups[0], GroupIndices(narrow, full.groups[1].slots)), full.sampled, {}))
+                             (full.groups[0], GroupIndices(narrow, full.groups[1].slots)), full.sampled, {}), 4)
     one = StepIndices(np.arange(1), np.arange(2, dtype=np.int32), np.full(1, 5, np.int32), np.full(1, 8), np.full(1, 4),
                       (GroupIndices(np.full((1, 1), 6, np.int32), np.full(1, 100)),) * 2, np.arange(1), {})
-    buffers.fill(one)
-    assert buffers.token_ids.tolist() == [8, 0, 0, 0]
-    assert buffers.positions.tolist() == [4, 0, 0, 0]
-    assert buffers.contexts.tolist() == [5, 1, 1, 1]
+    buffers.fill(one, 1)
+    assert buffers.token_ids.host.tolist() == [8, 0, 0, 0]
+    assert buffers.positions.host.tolist() == [4, 0, 0, 0]
+    assert buffers.contexts.host.tolist() == [5, 1, 1, 1]
     for table, slots in zip(buffers.tables, buffers.slots, strict=True):
-        assert table[:, 0].tolist() == [6, 0, 0, 0]
-        assert slots.tolist() == [100, 0, 0, 0]
+        assert table.host[:, 0].tolist() == [6, 0, 0, 0]
+        assert slots.host.tolist() == [100, 0, 0, 0]

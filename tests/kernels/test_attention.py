@@ -36,12 +36,12 @@ class Case:
         dtype = getattr(torch, s.dtype)
 
         def random(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator).to(dtype)
+            return torch.randn(shape, generator=generator).to(s.device, dtype)
 
         made = backend(s)
         columns = [-(-(before + new) // s.block_tokens) for before, new in self.rows]
         num_blocks = sum(columns) + 3
-        cache = LayerCache(0, tuple(torch.full((num_blocks, *t.shape), poison, dtype=dtype) for t in made.state_shapes()))
+        cache = LayerCache(0, tuple(torch.full((num_blocks, *t.shape), poison, dtype=dtype, device=s.device) for t in made.state_shapes()))
         ids = torch.randperm(num_blocks - 1, generator=generator) + 1
         tables, at = [], 0
         for n in columns:
@@ -54,7 +54,7 @@ class Case:
             self.write(made, cache, tables, full, [(0, b) for b, _ in self.rows])
         meta = self.write(made, cache, tables, full, self.rows)
         q = torch.cat([q for _, _, q in full])
-        out = torch.full((q.shape[0], s.num_heads, s.value_dim), float("nan"), dtype=dtype)
+        out = torch.full((q.shape[0], s.num_heads, s.value_dim), float("nan"), dtype=dtype, device=s.device)
         got = made.attend(q, cache, meta, out)
         assert got.data_ptr() == out.data_ptr()
         expected = torch.cat([self.truth(*tensors, before) for tensors, (before, _) in zip(full, self.rows, strict=True)])
@@ -76,8 +76,9 @@ class Case:
             table[r, :used] = tables[i][:used]
             positions = torch.arange(before, before + new)
             slots.append(tables[i][positions // s.block_tokens] * s.block_tokens + positions % s.block_tokens)
+        on_device = (x.to(s.device) for x in (torch.from_numpy(starts), torch.from_numpy(contexts), table, torch.cat(slots)))
         batch = AttentionBatch(
-            query_starts=torch.from_numpy(starts), context_tokens=torch.from_numpy(contexts), block_table=table, slots=torch.cat(slots),
+            *on_device,
             query_starts_host=starts, context_tokens_host=contexts, max_query_tokens=int(counts.max()), max_context_tokens=int(contexts.max()))
         meta = made.prepare(batch)
         made.write(torch.cat([full[i][0][rows[i][0]:sum(rows[i])] for i in kept]),
@@ -86,8 +87,8 @@ class Case:
 
     def truth(self, keys: torch.Tensor, values: torch.Tensor, q: torch.Tensor, before: int) -> torch.Tensor:
         s = self.spec
-        query, key = torch.arange(before, before + len(q))[:, None], torch.arange(len(keys))[None]
-        seen = key <= query if s.causal else torch.ones(len(q), len(keys), dtype=torch.bool)
+        query, key = torch.arange(before, before + len(q), device=s.device)[:, None], torch.arange(len(keys), device=s.device)[None]
+        seen = key <= query if s.causal else torch.ones(len(q), len(keys), dtype=torch.bool, device=s.device)
         if s.window_tokens is not None:
             seen = seen & (key > query - s.window_tokens) & (key < query + s.window_tokens)
         out = scaled_dot_product_attention(*(x.double().transpose(0, 1) for x in (q, keys, values)), attn_mask=seen, scale=s.scale,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -76,9 +77,12 @@ print(llm.llm_engine.report.text())
 
 
 @needs_compiler
-def test_kernels_for_cpus_without_avx512_give_the_same(tmp_path: Path) -> None:
-    """Those whose arithmetic differs there: bfloat16 is widened to float32, a panel has 8 features instead of 16."""
-    files = [f"tests/kernels/test_{name}.py" for name in ("product", "attention", "elementwise")]
+@pytest.mark.parametrize("flags", ["-march=x86-64-v3", "-mno-amx-bf16"])
+def test_kernels_for_lesser_cpus_give_the_same(flags: str) -> None:
+    """Without AVX-512 bfloat16 is widened to float32 and a panel has 8 features instead of 16; without AMX vectors multiply."""
+    if platform.machine() != "x86_64":
+        pytest.skip("the flags are of this architecture")
+    files = [f"tests/kernels/test_{name}.py" for name in ("product", "attention_shapes", "odd_shapes")]
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files], cwd=ROOT, capture_output=True, text=True,
-                          check=False, env={**os.environ, native.FLAGS_VARIABLE: "-march=x86-64-v3"})
+                          check=False, env={**os.environ, native.FLAGS_VARIABLE: flags})
     assert done.returncode == 0, done.stdout[-3000:]

@@ -17,6 +17,7 @@ from kvloom_kernels.sampling import (
     draw_reference,
     token_logprobs,
     token_logprobs_reference,
+    token_logprobs_torch,
     top_p,
     top_p_reference,
 )
@@ -94,21 +95,22 @@ def threads(request) -> Iterator[int]:
 
 def assert_same_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> None:
     before = logits.clone()
-    got, expected = token_logprobs(logits, token_ids, k), token_logprobs_reference(logits, token_ids, k)
-    assert torch.equal(logits.nan_to_num(7.0), before.nan_to_num(7.0))
-    for mine, theirs in zip(got, expected, strict=True):
-        assert mine.shape == theirs.shape == (len(logits), 1 + k)
-        assert mine.dtype is theirs.dtype
-    sound = torch.isfinite(logits.float().amax(-1))  # not so with NaN, infinity, or nothing but minus infinity
-    torch.testing.assert_close(got.logprobs, expected.logprobs, rtol=1e-6, atol=1e-5, equal_nan=True)
-    assert torch.isnan(got.logprobs[~sound]).all()
-    assert torch.equal(got.token_ids[sound], expected.token_ids[sound])
-    assert torch.equal(got.ranks[sound], expected.ranks[sound])
-    assert torch.equal(got.ranks[:, 1:], expected.ranks[:, 1:])
-    for chosen, row in zip(token_ids.tolist(), got.token_ids.tolist(), strict=True):
-        assert row[0] == chosen
-        assert len(set(row[1:])) == k
-        assert all(0 <= token < logits.shape[1] for token in row)
+    expected = token_logprobs_reference(logits, token_ids, k)
+    for got in (token_logprobs(logits, token_ids, k), token_logprobs_torch(logits, token_ids, k)):  # the second is that of GPUs
+        assert torch.equal(logits.nan_to_num(7.0), before.nan_to_num(7.0))
+        for mine, theirs in zip(got, expected, strict=True):
+            assert mine.shape == theirs.shape == (len(logits), 1 + k)
+            assert mine.dtype is theirs.dtype
+        sound = torch.isfinite(logits.float().amax(-1))  # not so with NaN, infinity, or nothing but minus infinity
+        torch.testing.assert_close(got.logprobs, expected.logprobs, rtol=1e-6, atol=1e-5, equal_nan=True)
+        assert torch.isnan(got.logprobs[~sound]).all()
+        assert torch.equal(got.token_ids[sound], expected.token_ids[sound])
+        assert torch.equal(got.ranks[sound], expected.ranks[sound])
+        assert torch.equal(got.ranks[:, 1:], expected.ranks[:, 1:])
+        for chosen, row in zip(token_ids.tolist(), got.token_ids.tolist(), strict=True):
+            assert row[0] == chosen
+            assert len(set(row[1:])) == k
+            assert all(0 <= token < logits.shape[1] for token in row)
 
 
 @given(
@@ -147,6 +149,10 @@ def test_logprobs_of_a_whole_vocabulary() -> None:
     logits = torch.randn(2, 3001).bfloat16()
     assert_same_logprobs(logits, torch.tensor([0, 3000]), 3001)
     assert token_logprobs(logits, torch.tensor([0, 3000]), 3001).logprobs[:, 1:].exp().sum(-1).tolist() == pytest.approx([1, 1])
+
+
+def test_logprobs_of_large_logits_are_of_their_differences() -> None:
+    assert_same_logprobs(torch.tensor([[1e4, 1e4, -3.0]]), torch.tensor([0]), 2)
 
 
 def test_ties_go_to_the_lower_token_and_share_the_chosen_rank() -> None:

@@ -14,6 +14,7 @@ from kvloom.interfaces import Comm, KVGroup, Model, NewSequence, Step, TokenRang
 from kvloom.params import SamplingParams
 from kvloom.runtime.batch import BatchState
 from kvloom.runtime.builder import build_model, open_source
+from kvloom.runtime.device import CpuDevice
 from kvloom.runtime.forward import Forward, LayerState
 from kvloom.runtime.kv_groups import group_layers
 from kvloom.runtime.kv_tensors import allocate
@@ -44,7 +45,7 @@ def logits_of_rank(directory: Path, comm: Comm) -> list[torch.Tensor]:
     original = built.model.logits
     built.model.logits = lambda hidden, ctx: seen.append(original(hidden, ctx).clone()) or seen[-1]
     layers = LayerState(groups, len(built.model.state_specs()), built.backends, caches)
-    runner = Runner(built.model, Forward(built.model, comm, layers, torch.device("cpu")), TokenSampler(), LogitsPipeline(()),
+    runner = Runner(built.model, Forward(built.model, comm, layers, CpuDevice()), TokenSampler(), LogitsPipeline(()),
                     BatchState(2, 64, groups))
     prompt = tuple(range(3, 24))
     blocks = tuple((2 + 2 * g, 3 + 2 * g) for g in range(len(groups)))

@@ -21,7 +21,7 @@ from kvloom.errors import (
     RequestValidationError,
     UnsupportedFeatureError,
 )
-from kvloom.runtime import worker
+from kvloom.runtime import device
 from kvloom.runtime.host_memory import DeviceMemory
 from kvloom.runtime.worker import DeviceWorker
 from kvloom.sleep import Sleeper, SleepState
@@ -142,7 +142,7 @@ def test_wake_up__that_finds_no_memory_leaves_the_engine_asleep_and_can_be_tried
     before = tokens(llm)
     llm.sleep(2)
     with monkeypatch.context() as patch:
-        patch.setattr(worker, "host_memory", lambda: DeviceMemory(2**30, 1000))
+        patch.setattr(device, "host_memory", lambda: DeviceMemory(2**30, 1000))
         with pytest.raises(MemoryPlanError, match="does not fit"):
             llm.wake_up()
         assert state(llm) is SleepState.ASLEEP

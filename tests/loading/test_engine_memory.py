@@ -25,7 +25,7 @@ def watch():
 watcher = threading.Thread(target=watch, daemon=True)
 watcher.start()
 from kvloom import LLM
-llm = LLM(sys.argv[1], skip_tokenizer_init=True, dtype=sys.argv[2], kv_cache_memory="16MiB", max_model_len=64)
+llm = LLM(sys.argv[1], skip_tokenizer_init=True, dtype=sys.argv[2], kv_cache_memory="2MiB", max_model_len=64)
 done.set()
 watcher.join()
 print((peak - base) / llm.llm_engine.plan.needs.weights_bytes)

@@ -122,3 +122,17 @@ def write_tokenizer(directory: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)])
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>"}')
+
+
+def make_embedder(directory: Path) -> torch.nn.Module:
+    """A model whose embeddings may be cut to 16, with a tokenizer."""
+    model = make(directory, matryoshka_dimensions=[16])
+    write_tokenizer(directory)
+    return model
+
+
+def make_cross_encoder(directory: Path) -> torch.nn.Module:
+    """A model with one label, with a tokenizer."""
+    model = make(directory, kind="ForSequenceClassification", num_labels=1)
+    write_tokenizer(directory)
+    return model

@@ -128,7 +128,7 @@ def test_applying_changes_no_state(params: SamplingParams, prompt: list, output:
     assert torch.equal(PIPELINE.apply(logits.clone(), [sequence]), PIPELINE.apply(logits.clone(), [sequence]))
 
 
-@pytest.mark.parametrize("top_p", [0.1, 0.9, 0.999999])
+@pytest.mark.parametrize("top_p", [0.1, 0.9, 0.999999, 1 - 1e-9])
 @pytest.mark.parametrize("spread", [0.0, 0.01, 5.0])
 def test_top_p_over_a_long_vocabulary_keeps_the_smallest_set(top_p: float, spread: float) -> None:
     size = 5000

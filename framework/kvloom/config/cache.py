@@ -29,12 +29,12 @@ class CacheSection(Section):
         description="numbers of keys and values; auto: the model's dtype"), NotYet(dict.fromkeys(
             ("fp8", "fp8_e4m3", "fp8_e5m2"), "use 'auto': the model's dtype"))] = "auto"
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1, description="share of a GPU's memory"), NoEffect(
-        "on a CPU the KV cache takes kv_cache_memory, or a default bounded by what the process may still use")] = 0.9
+        "on a CPU the KV cache takes kv_cache_memory, or a default bounded by what the process may still use", "cuda")] = 0.9
     swap_space: Annotated[float, Field(ge=0, le=MOST_GIB, description="GiB of host memory for blocks that leave the device; at "
                                        "most 70 % of the host's"), NoEffect(
-        "on a CPU device blocks that gave way are recomputed: moving them within the same memory wins nothing")] = 4
+        "on a CPU device blocks that gave way are recomputed: moving them within the same memory wins nothing", "cuda")] = 4
     cpu_offload_gb: Annotated[float, Field(ge=0, le=MOST_GIB, description="GiB of weights kept on the host"), NoEffect(
-        "on a CPU device all weights are on the host")] = 0
+        "on a CPU device all weights are on the host", "cuda")] = 0
 
     def swap_space_note(self, host_bytes: int) -> str | None:
         """What is to be said about `swap_space` on a host with so much memory.

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from kvloom.config.class_path import ClassPath
-from kvloom.config.section import NoEffect, NotYet, Section, Unsupported
+from kvloom.config.section import NoEffect, Section, Unsupported
 
 _NOT_CAPTURED = "a recorded decode step serves sequences of every length"
 _NOT_COMPILED = "models are not compiled: decode steps are recorded and repeated, unless enforce_eager=True"
@@ -16,8 +16,8 @@ _NOT_COMPILED = "models are not compiled: decode steps are recorded and repeated
 class DeviceSection(Section):
     """Devices and workers."""
 
-    device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="where the model runs"),
-                      NotYet({"cuda": "use 'cpu' or 'auto'"})] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], Field(
+        description="where the model runs; auto: cuda where torch can use a GPU, else cpu. cuda has not been measured yet")] = "auto"
     attention_backend: Annotated[str, Field(min_length=1, description="auto, cpu, triton, torch, reference, a plugin's")] = "auto"
     distributed_executor_backend: Annotated[str, Field(
         min_length=1, description="uni (in this process), or a plugin's name; None: uni")] = "uni"

@@ -99,7 +99,7 @@ class EngineConfig:
             sections[name].check_supported()
             notes += [f"{k}={v!r} has no effect: {state.reason}" for k, v in values.items()
                       if SECTION_OF[k] == name and isinstance(state := section.state(k), NoEffect)
-                      and v != section.model_fields[k].get_default()]
+                      and v != section.model_fields[k].get_default() and state.works_on != values.get("device", "auto")]
         if sections["model"].trust_remote_code:
             notes.append("trust_remote_code=True: code that comes with the checkpoint may run in this process")
         return cls(**sections, origins=origins, notes=tuple(notes))

@@ -13,9 +13,14 @@ from kvloom.errors import UnsupportedFeatureError
 
 @dataclass(frozen=True, slots=True)
 class NoEffect:
-    """Metadata of a field that is taken and changes nothing, with the reason; said once in the log when it was given."""
+    """Metadata of a field that is taken and changes nothing, with the reason; said once in the log when it was given.
+
+    Args:
+        works_on: the kind of device where it does what it says; None: nowhere.
+    """
 
     reason: str
+    works_on: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

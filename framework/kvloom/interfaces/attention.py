@@ -38,7 +38,7 @@ class AttentionSpec:
         latent: keys and values are one compressed row (`StateKind.LATENT`).
         dtype: dtype name of q, k, v and the output.
         cache_dtype: dtype name of the stored keys and values.
-        device: "cpu", "cuda", ...
+        device: "cpu", "cuda", ...: that it will run on, also while only shapes are wanted.
         block_tokens: tokens in one block.
     """
 
@@ -81,7 +81,7 @@ class AttentionBatch:
             B is the longest row's need; the rest of a shorter row is 0.
         slots: ``[T]`` int64; ``block * block_tokens + offset`` where each token's key and value are written.
         query_starts_host, context_tokens_host: numpy copies; a backend branches on these, never on device values.
-        max_query_tokens, max_context_tokens: largest range and context.
+        max_query_tokens, max_context_tokens: largest range and context; of a captured step the largest that a repetition may have.
         encoder_tokens: for cross attention ``[R]`` int32 encoder rows; None otherwise.
     """
 

@@ -86,6 +86,15 @@ class Decoder(ABC):
     plugin_config: ClassVar[Any] = None
     """Set by the loader to the plugin's validated configuration."""
 
+    def check(self, params: Any) -> None:
+        """Refuse parameters that no prompt could make right.
+
+        Called once a call, before its prompts, of which there may be none. Without it `start` says of each prompt what is wrong.
+
+        Raises:
+            RequestValidationError, RequestTypeError: parameters that it cannot serve.
+        """
+
     @abstractmethod
     def start(self, params: Any, prompt_token_ids: Sequence[int], eos_token_ids: frozenset[int],
               room_tokens: int) -> tuple[Any, Branching]:

@@ -93,6 +93,7 @@ class BuildContext:
         block_tokens: tokens in a KV block.
         make_backend: chooses and makes a layer's attention backend, see `BackendFactory`.
         task: one of `Model.tasks_of`: without "generate" nobody asks for logits, and an output head need not be there.
+        target: type of the device that the model will run on, where `device` is "meta"; None: `device`.
     """
 
     dtype: torch.dtype
@@ -107,6 +108,12 @@ class BuildContext:
     pipeline_rank: int = 0
     pipeline_size: int = 1
     task: str = "generate"
+    target: str | None = None
+
+    @property
+    def device_type(self) -> str:
+        """Of the device that the model will run on."""
+        return self.target or self.device.type
 
 
 class BackendFactory(Protocol):

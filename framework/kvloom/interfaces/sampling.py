@@ -130,19 +130,22 @@ class SampledTokens:
     Args:
         token_ids: ``[rows]`` int64 on the logits' device; row i of a sequence is the successor of its draft i.
         accepted: ``[S]`` int64 how many of a sequence's rows count (1 without drafts); None means 1 everywhere.
-        failed: index of a sequence that could not be sampled -> why (its logits are not finite). Only that request fails.
+        failed: index of a sequence that could not be sampled -> why. Only that request fails.
+        finite: ``[S]`` bool on the logits' device: False where the logits are not finite, which fails that request alone. Of a sampler
+            that would have to wait for the device to know; None: none failed but those in `failed`.
     """
 
     token_ids: Tensor
     accepted: Tensor | None = None
     failed: Mapping[int, str] = field(default_factory=dict)
+    finite: Tensor | None = None
 
 
 class Sampler(ABC):
     """Chooses tokens from processed logits. Registered with ``kvloom_register_samplers``.
 
     Randomness is a pure function of (seed, sample index, position, stream): there is no generator to share, so neighbours,
-    order, preemption and n never change a seeded result.
+    order, preemption and n never change a seeded result. Nothing may wait for the device: the engine does, once, at the end.
     """
 
     @abstractmethod

@@ -75,6 +75,10 @@ class Worker(Protocol):
     def model(self) -> Any:
         """The torch module."""
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory of its device that its process holds."""
+
     def load(self) -> WorkerReport:
         """Build the model, load its weights, plan memory."""
 

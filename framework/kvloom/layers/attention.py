@@ -47,7 +47,7 @@ class Attention(nn.Module):
         self.spec = AttentionSpec(
             num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim or head_dim,
             scale=head_dim ** -0.5 if scale is None else scale, window_tokens=window_tokens, soft_cap=soft_cap, causal=causal,
-            dtype=dtype_name(build.dtype), cache_dtype=dtype_name(build.cache_dtype), device=build.device.type,
+            dtype=dtype_name(build.dtype), cache_dtype=dtype_name(build.cache_dtype), device=build.device_type,
             block_tokens=build.block_tokens)
         build.make_backend(self.spec, layer_index)
 
@@ -101,7 +101,7 @@ class TokenAttention(nn.Module):
         self.spec = AttentionSpec(
             num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, value_dim=head_dim, scale=head_dim ** -0.5,
             window_tokens=window_tokens, causal=causal, stored=False, dtype=dtype_name(build.dtype),
-            cache_dtype=dtype_name(build.dtype), device=build.device.type, block_tokens=build.block_tokens)
+            cache_dtype=dtype_name(build.dtype), device=build.device_type, block_tokens=build.block_tokens)
         build.make_backend(self.spec, layer_index)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation | None, ctx: ForwardContext) -> Tensor:

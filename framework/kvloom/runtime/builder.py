@@ -28,8 +28,7 @@ from kvloom.layers.base import dtype_of
 from kvloom.params import SamplingParams
 from kvloom.runtime.choice import BackendChooser
 from kvloom.runtime.custom_code import read_config, refuse_custom_model
-from kvloom_kernels.linear import product_kind
-from kvloom_kernels.requirement import Machine
+from kvloom.runtime.device import ComputeDevice, open_device
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class ModelSource:
         defaults: sampling parameters of requests that bring none.
         task: what it is used for.
         pooling: how; None where it generates.
+        device: where it runs.
     """
 
     directory: Path
@@ -55,6 +55,7 @@ class ModelSource:
     defaults: SamplingParams
     task: str
     pooling: PoolingPlan | None
+    device: ComputeDevice
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,9 @@ def open_source(config: EngineConfig, plugins: PluginSet) -> ModelSource:
     Raises:
         ModelError: no such directory or hub id, or a config.json that cannot be used.
         UnsupportedArchitectureError: no plugin registered any of its architectures.
+        ConfigError: there is no such device.
     """
-    m = config.model
+    m, device = config.model, open_device(config.device.device)
     directory = resolve_model_dir(m.model, m.revision, m.download_dir, m.hf_token, m.fetch)
     raw = read_config(_config_dir(m, directory), m)
     try:
@@ -97,10 +99,10 @@ def open_source(config: EngineConfig, plugins: PluginSet) -> ModelSource:
     if pooling is not None and pooling.config.pooling_type is not None:
         find_pooler(pooling.config.pooling_type, plugins)
     max_model_len = config.resolved_max_model_len(longest, None if pooling is None else pooling.max_tokens)
-    dtype = resolve_dtype(m.dtype, model_config.dtype)
+    dtype = device.natural_dtype(model_config.dtype) if m.dtype == "auto" else dtype_of(m.dtype)
     generation = read_generation(directory, m.generation_config, m.override_generation_config)
     return ModelSource(directory, entry, model_config, max_model_len, dtype, quant, end_tokens(raw, generation),
-                       default_sampling(generation), task, pooling)
+                       default_sampling(generation), task, pooling, device)
 
 
 def open_pooling(config: EngineConfig, directory: Path, task: str, model_config: ModelConfig,
@@ -178,37 +180,32 @@ def find_quantization(requested: str | None, settings: Mapping[str, Any] | None,
         raise ConfigError(f"Unknown quantization method {stored!r}. {error}") from error
 
 
-def resolve_dtype(requested: str, checkpoint: str | None) -> torch.dtype:
-    """What "auto" means on a CPU: a bfloat16 checkpoint stays bfloat16, every other one runs in bfloat16 only where the CPU
-    multiplies it natively, else in float32."""
-    if requested != "auto":
-        return dtype_of(requested)
-    return torch.bfloat16 if checkpoint == "bfloat16" or product_kind() != "widened" else torch.float32
-
-
 def build_model(config: EngineConfig, plugins: PluginSet, source: ModelSource, device: torch.device, comm: Comm) -> BuiltModel:
-    """Make the model; on the meta device nothing is allocated and only shapes are right (memory plan)."""
+    """Make the model, for the source's device. `device`: where its parameters are; on the meta device nothing is allocated and only
+    shapes are right (memory plan)."""
+    target = source.device
     plain = plugins.registries["quantizations"].resolve("none").load()({})
     quant = plain if source.quant.name == "none" else source.quant.load()(source.config.quantization_config or {})
-    reason = quant.supports(source.dtype, device)
+    reason = quant.supports(source.dtype, target.torch_device)
     if reason is not None:
         raise ConfigError(f"quantization method {source.quant.name!r} cannot run here: {reason}")
     deterministic = config.device.deterministic
     if deterministic:
         check_deterministic(source, plain, quant)
-    chooser = BackendChooser(plugins.registries["attention_backends"], config.device.attention_backend, Machine("cpu"),
+    chooser = BackendChooser(plugins.registries["attention_backends"], config.device.attention_backend, target.machine(),
                              deterministic=deterministic)
     build = BuildContext(
         dtype=source.dtype, device=device, quant=quant, plain=plain, comm=comm, max_model_len=source.max_model_len,
         cache_dtype=source.dtype, block_tokens=config.cache.block_size, make_backend=chooser,
-        task=source.task)
+        task=source.task, target=target.kind)
     model = source.entry.load()(source.config, build)
     return BuiltModel(model, chooser.by_layer, tuple(chooser.notes))
 
 
 def check_deterministic(source: ModelSource, *methods: QuantMethod) -> None:
     """Raises `ConfigError` when the model or a method of its products may give a request other bits beside other rows."""
-    problems = [f"{type(m).__name__}: {reason}" for m in methods if (reason := m.row_invariant(source.dtype, torch.device("cpu")))]
+    device = source.device.torch_device
+    problems = [f"{type(m).__name__}: {reason}" for m in methods if (reason := m.row_invariant(source.dtype, device))]
     if not source.entry.load().row_invariant:
         problems.append(f"{source.entry.name} ({source.entry.origin}): it does not say that rows are computed each for itself")
     if source.pooling is not None:

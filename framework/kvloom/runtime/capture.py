@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +22,10 @@ VIEWS = frozenset({"view", "_unsafe_view", "split", "split_with_sizes", "slice",
 
 class Capture(ABC):
     """A device's way to compute the same again without Python between its kernels."""
+
+    @abstractmethod
+    def size(self, rows: int, recorded: Collection[int], most: int) -> int:
+        """For how many rows, at most `most`, a step of `rows` is computed: a size that was `recorded`, or one to be recorded now."""
 
     @abstractmethod
     def record(self, compute: Callable[[], Sequence[Tensor]], rows: int) -> tuple[Replay, tuple[Tensor, ...]]:
@@ -47,6 +51,11 @@ class PlanCapture(Capture):
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
+
+    def size(self, rows: int, recorded: Collection[int], most: int) -> int:
+        """The smallest that serves, else a power of two: a plan runs for fewer rows at no cost, so a batch that shrinks records nothing
+        more."""
+        return min((size for size in recorded if size >= rows), default=min(1 << (rows - 1).bit_length(), most))
 
     def record(self, compute: Callable[[], Sequence[Tensor]], rows: int) -> tuple[Replay, tuple[Tensor, ...]]:
         """See `Capture.record`."""

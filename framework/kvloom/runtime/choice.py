@@ -8,8 +8,8 @@ from kvloom.hooks.registry import Entry, Registry
 from kvloom.interfaces.attention import AttentionBackend, AttentionSpec
 from kvloom_kernels.requirement import Machine
 
-AUTO_ORDER = ("cpu", "torch", "reference")
-"""What "auto" tries, first to last. A third party's backend is chosen by name only."""
+AUTO_ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("triton", "torch", "reference")}
+"""What "auto" tries on each type of device, first to last. A third party's backend is chosen by name only."""
 
 
 class BackendChooser:
@@ -22,7 +22,7 @@ class BackendChooser:
 
     def __init__(self, registry: Registry[AttentionBackend], requested: str, machine: Machine, *, deterministic: bool = False) -> None:
         self._registry, self._machine, self._deterministic = registry, machine, deterministic
-        self._names = AUTO_ORDER if requested == "auto" else (requested,)
+        self._names = AUTO_ORDER[machine.device] if requested == "auto" else (requested,)
         self._made: dict[AttentionSpec, AttentionBackend] = {}
         self.by_layer: dict[int, AttentionBackend] = {}
         self.notes: list[str] = []

@@ -24,13 +24,14 @@ class DenseLayers:
 
     Args:
         make_loader: the weight loader of the checkpoint, one a layer.
+        device: of the rows.
 
     Raises:
         CheckpointError: tensors are missing, unused or of another shape.
     """
 
-    def __init__(self, layers: Sequence[DenseLayer], make_loader: Callable[[], WeightLoader]) -> None:
-        self._layers = [(*_read(layer, make_loader()), ACTIVATIONS[layer.activation]) for layer in layers]
+    def __init__(self, layers: Sequence[DenseLayer], make_loader: Callable[[], WeightLoader], device: torch.device) -> None:
+        self._layers = [(*_read(layer, make_loader(), device), ACTIVATIONS[layer.activation]) for layer in layers]
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[n, H] -> [n, out]``, float32."""
@@ -39,11 +40,11 @@ class DenseLayers:
         return x
 
 
-def _read(layer: DenseLayer, loader: WeightLoader) -> tuple[Tensor, Tensor | None]:
+def _read(layer: DenseLayer, loader: WeightLoader, device: torch.device) -> tuple[Tensor, Tensor | None]:
     shapes = {"linear.weight": (layer.out_features, layer.in_features)} | ({"linear.bias": (layer.out_features,)} if layer.bias else {})
     wanted = {name: TensorInfo(shape, "float32", 4 * torch.Size(shape).numel()) for name, shape in shapes.items()}
     found = loader.catalog(layer.directory, wanted)
     if {name: info.shape for name, info in found.items()} != shapes:
         raise CheckpointError(f"{layer.directory} should hold {shapes}, it has {({n: i.shape for n, i in found.items()})}")
-    tensors = {name: tensor.to(torch.float32, copy=True) for name, tensor in loader.read(list(shapes))}
+    tensors = {name: tensor.to(device, torch.float32, copy=True) for name, tensor in loader.read(list(shapes))}
     return tensors["linear.weight"], tensors.get("linear.bias")

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from kvloom.interfaces.attention import AttentionBackend, AttentionBatch, LayerCache
@@ -14,9 +13,9 @@ from kvloom.interfaces.comm import Comm
 from kvloom.interfaces.model import ForwardContext, LayerStep, Model, ModelInputs
 from kvloom.interfaces.state import KVGroup
 from kvloom.runtime.batch import GroupIndices, StepIndices
-from kvloom.runtime.capture import PlanCapture
+from kvloom.runtime.device import ComputeDevice
 from kvloom.runtime.graphs import Buffers, DecodeGraphs
-from kvloom_kernels.scratch import Arena, scratch_from
+from kvloom_kernels.scratch import scratch_from
 
 NO_GROUP = GroupIndices(np.zeros((0, 0), np.int32), np.zeros(0, np.int64))
 """Of layers that keep nothing."""
@@ -77,6 +76,9 @@ class Computed(NamedTuple):
 class Forward:
     """Runs a model shard on steps.
 
+    Attributes:
+        device: it runs on.
+
     Args:
         layers: what its layers work with.
         recorded_bytes: memory for recorded decode steps; 0 records none.
@@ -84,17 +86,17 @@ class Forward:
         max_num_seqs, max_model_len: limits of steps that are recorded.
     """
 
-    def __init__(self, model: Model, comm: Comm, layers: LayerState, device: torch.device, *, recorded_bytes: int = 0,
+    def __init__(self, model: Model, comm: Comm, layers: LayerState, device: ComputeDevice, *, recorded_bytes: int = 0,
                  scratch_bytes: int = 0, max_num_seqs: int = 1, max_model_len: int = 1) -> None:
-        self._model, self._comm, self._layers, self._device = model, comm, layers, device
+        self._model, self._comm, self._layers, self.device = model, comm, layers, device
         self._has_unstored = bool(layers.unstored)
         # Not that of recorded steps: whoever keeps a tensor of this one keeps its memory.
-        self._scratch = Arena(scratch_bytes) if scratch_bytes else None
+        self._scratch = device.scratch(scratch_bytes) if scratch_bytes else None
         self._graphs: DecodeGraphs | None = None
         if recorded_bytes and all(b.graph_support and b.spec.stored for b in layers.backends.values()):
             widths = [-(-max_model_len // g.block_tokens) for g in layers.groups]
-            self._graphs = DecodeGraphs(model, self._context, layers.refill, Buffers(max_num_seqs, widths),
-                                        PlanCapture(Arena(recorded_bytes)))
+            self._graphs = DecodeGraphs(model, self._context, layers.refill, Buffers(max_num_seqs, widths, max_model_len, device),
+                                        device.capture(recorded_bytes))
 
     def run(self, indices: StepIndices) -> Computed:
         """Compute a step."""
@@ -105,8 +107,8 @@ class Forward:
                 return Computed(done.hidden, ForwardContext(self._comm, ()), done.logits)
         ctx = self._context(self._batches(indices))
         inputs = ModelInputs(
-            token_ids=self.to_device(indices.token_ids), positions=self.to_device(indices.positions)[None],
-            extras={name: self.to_device(values) for name, values in indices.extras.items()})
+            token_ids=self.device.put(indices.token_ids), positions=self.device.put(indices.positions)[None],
+            extras={name: self.device.put(values) for name, values in indices.extras.items()})
         with scratch_from(self._scratch):
             return Computed(self._model.forward(inputs, ctx).hidden, ctx)
 
@@ -119,21 +121,17 @@ class Forward:
         """Let go of recorded steps, which refer to the model and to this."""
         self._graphs = None
 
-    def to_device(self, array: np.ndarray) -> Tensor:
-        """On the CPU the tensor shares the array's memory."""
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
-
     def _context(self, batches: Sequence[AttentionBatch]) -> ForwardContext:
         return ForwardContext(self._comm, self._layers.steps(batches))
 
     def _batches(self, indices: StepIndices) -> list[AttentionBatch]:
         """By KV group, and one more for layers that keep nothing."""
-        contexts, starts = self.to_device(indices.context_tokens), self.to_device(indices.query_starts)
+        contexts, starts = self.device.put(indices.context_tokens), self.device.put(indices.query_starts)
         return [AttentionBatch(
             query_starts=starts,
             context_tokens=contexts,
-            block_table=self.to_device(group.block_table),
-            slots=self.to_device(group.slots),
+            block_table=self.device.put(group.block_table),
+            slots=self.device.put(group.slots),
             query_starts_host=indices.query_starts,
             context_tokens_host=indices.context_tokens,
             max_query_tokens=int(np.diff(indices.query_starts).max()),

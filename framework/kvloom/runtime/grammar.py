@@ -16,6 +16,7 @@ from kvloom.errors import RequestError, RequestFailedError
 from kvloom.interfaces.grammar import CompiledGrammar, Grammar, GrammarMatcher, GrammarSpec, GrammarVocabulary
 from kvloom.interfaces.step import NewSequence
 from kvloom_kernels.bitmask import apply_bitmask
+from kvloom_kernels.transfer import to_device
 
 CACHE_BYTES = 2**26
 """Of compiled grammars that no sequence may be using any more."""
@@ -162,7 +163,7 @@ class StepMasks:
     def apply(self, logits: Tensor) -> None:
         """Forbid in ``logits [S, V]``, in place, what the masks do not allow."""
         device = logits.device
-        apply_bitmask(logits, torch.from_numpy(self.masks).to(device), torch.from_numpy(self.rows).to(device))
+        apply_bitmask(logits, to_device(self.masks, device), to_device(self.rows, device))
 
     def force(self, logits: Tensor) -> None:
         """Where an output cannot go on it ends, whatever processors made of ``logits [S, V]``: ``min_tokens`` forbids its end."""

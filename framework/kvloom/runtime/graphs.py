@@ -1,9 +1,9 @@
 """Decode steps, recorded once and repeated.
 
 A recorded step has fixed inputs (buffers that each step fills) and fixed memory for its results. It is recorded while it runs for the
-first time, for a power of two of rows, and serves all steps of as many rows or fewer: a batch that shrinks records nothing more. What
-cannot be recorded, because a model or a backend computes with something else than our kernels, runs call by call, with equal results;
-the log says once what it was.
+first time, for a number of rows that the device's way to record chooses (`Capture.size`), and serves steps of as many rows or fewer.
+What cannot be recorded, on a CPU because a model or a backend computes with something else than our kernels, runs call by call, with
+equal results; the log says once what it was.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from kvloom.interfaces.attention import AttentionBatch
@@ -20,6 +19,7 @@ from kvloom.interfaces.model import ForwardContext, LayerStep, Model, ModelInput
 from kvloom.logs import get_logger
 from kvloom.runtime.batch import StepIndices
 from kvloom.runtime.capture import Capture, Replay, patch_problem
+from kvloom.runtime.device import ComputeDevice, FixedShape, fixed_arrays
 from kvloom_kernels.plan import NotRecordableError
 
 MakeContext = Callable[[Sequence[AttentionBatch]], ForwardContext]
@@ -37,39 +37,48 @@ class DecodeOutputs(NamedTuple):
 
 
 class Buffers:
-    """The inputs of decode steps of up to `rows` rows, at fixed addresses.
+    """The inputs of decode steps of up to `rows` rows, at fixed addresses on the device.
 
     Args:
         widths: blocks of the longest table, by KV group.
+        longest_tokens: of any context.
     """
 
-    def __init__(self, rows: int, widths: Sequence[int]) -> None:
-        self.rows = rows
-        self.token_ids, self.positions = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
-        self.starts, self.contexts = np.arange(rows + 1, dtype=np.int32), np.zeros(rows, np.int32)
-        self.tables = [np.zeros((rows, width), np.int32) for width in widths]
-        self.slots = [np.zeros(rows, np.int64) for _ in widths]
+    def __init__(self, rows: int, widths: Sequence[int], longest_tokens: int, device: ComputeDevice) -> None:
+        self.rows, self._longest_tokens = rows, longest_tokens
+        # One after the other: what is sent whole, then the tables, of which a step sends as many rows as it computes.
+        shapes: list[FixedShape] = [((rows,), "int64")] * (2 + len(widths))
+        shapes += [((rows,), "int32"), ((rows + 1,), "int32"), *(((rows, width), "int32") for width in widths)]
+        self._memory, arrays = fixed_arrays(device, shapes)
+        self.token_ids, self.positions, *groups = arrays
+        self.slots, (self.contexts, self.starts), self.tables = groups[:len(widths)], groups[len(widths):][:2], groups[len(widths) + 2:]
+        self.starts.host[:] = np.arange(rows + 1)
 
-    def fill(self, indices: StepIndices) -> None:
-        """Take over a step's numbers. Rows beyond it are computed when a step is recorded: they work on block 0, which is nobody's."""
+    def fill(self, indices: StepIndices, computed_rows: int) -> None:
+        """Take over a step's numbers. Rows beyond it that are computed, too, work on block 0, which is nobody's."""
+        self._memory.begin()
         rows = len(indices.rows)
         for buffer, values, beyond in ((self.token_ids, indices.token_ids, 0), (self.positions, indices.positions, 0),
                                        (self.contexts, indices.context_tokens, 1)):
-            buffer[:rows], buffer[rows:] = values, beyond
+            buffer.host[:rows], buffer.host[rows:] = values, beyond
         for table, slots, group in zip(self.tables, self.slots, indices.groups, strict=True):
-            table[:rows, :group.block_table.shape[1]], table[rows:, 0] = group.block_table, 0
-            slots[:rows], slots[rows:] = group.slots, 0
+            table.host[:rows, :group.block_table.shape[1]], table.host[rows:, 0] = group.block_table, 0
+            slots.host[:rows], slots.host[rows:] = group.slots, 0
+        self._memory.send(0, self.starts.start + self.starts.host.nbytes)
+        for table in self.tables:
+            self._memory.send(table.start, table.start + table.host[:computed_rows].nbytes)
 
     def inputs(self, rows: int) -> ModelInputs:
         """Of a step of so many rows."""
-        return ModelInputs(torch.from_numpy(self.token_ids[:rows]), torch.from_numpy(self.positions[:rows])[None])
+        return ModelInputs(self.token_ids.device[:rows], self.positions.device[:rows][None])
 
     def batches(self, rows: int) -> list[AttentionBatch]:
-        """By KV group, of a step of so many rows. The host's numbers are those of the recording."""
+        """By KV group, of a step of so many rows. The host's numbers are those of the recording; the longest context is the longest
+        that a repetition may have."""
         return [AttentionBatch(
-            query_starts=torch.from_numpy(self.starts[:rows + 1]), context_tokens=torch.from_numpy(self.contexts[:rows]),
-            block_table=torch.from_numpy(table[:rows]), slots=torch.from_numpy(slots[:rows]), query_starts_host=self.starts[:rows + 1],
-            context_tokens_host=self.contexts[:rows], max_query_tokens=1, max_context_tokens=int(self.contexts[:rows].max()),
+            query_starts=self.starts.device[:rows + 1], context_tokens=self.contexts.device[:rows], block_table=table.device[:rows],
+            slots=slots.device[:rows], query_starts_host=self.starts.host[:rows + 1], context_tokens_host=self.contexts.host[:rows],
+            max_query_tokens=1, max_context_tokens=self._longest_tokens,
         ) for table, slots in zip(self.tables, self.slots, strict=True)]
 
 
@@ -108,12 +117,13 @@ class DecodeGraphs:
         if self.problem is not None:
             return None
         rows = len(indices.rows)
-        self._buffers.fill(indices)
-        found = self._recorded.get(min((c for c in self._recorded if c >= rows), default=0))
+        size = self._capture.size(rows, self._recorded, self._buffers.rows)
+        self._buffers.fill(indices, size)
+        found = self._recorded.get(size)
         if found is not None:
             self._refill(found.kept[1].layers, self._buffers.batches(rows))
             found.replay(rows)
-        elif (found := self._record(min(1 << (rows - 1).bit_length(), self._buffers.rows))) is None:
+        elif (found := self._record(size)) is None:
             return None
         return DecodeOutputs(found.outputs.hidden[:rows], found.outputs.logits[:rows])
 

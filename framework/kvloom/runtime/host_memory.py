@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvloom.interfaces import Worker
 from kvloom.runtime.control_groups import groups_around, number, numbers
 
 FILES = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -71,9 +72,9 @@ def trim_heap() -> None:
         trim(0)
 
 
-def held_bytes(worker: object) -> int:
-    """For ``Executor.call``: anonymous memory of the worker's process."""
-    return host_memory().own_bytes
+def held_bytes(worker: Worker) -> int:
+    """For ``Executor.call``: see `Worker.held_bytes`."""
+    return worker.held_bytes
 
 
 def _group_limits(root: Path) -> Iterator[tuple[int, int]]:

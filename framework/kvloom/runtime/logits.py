@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
@@ -15,6 +16,7 @@ from kvloom.errors import ConfigError, RequestError, RequestFailedError, Request
 from kvloom.hooks.registry import Registry
 from kvloom.interfaces.sampling import LogitsProcessor, SequenceView, Stage
 from kvloom.near import did_you_mean
+from kvloom_kernels.transfer import to_device
 
 if TYPE_CHECKING:
     from kvloom.interfaces.tokenizer import Tokenizer
@@ -151,7 +153,8 @@ class LogitsPipeline:
             if len(rows) == len(sequences):
                 logits = self._run(i, logits, states)
             else:
-                logits[rows] = self._run(i, logits[rows], states)
+                index = to_device(np.array(rows), logits.device)
+                logits[index] = self._run(i, logits[index], states)
         return logits
 
     def blame(self, logits: Tensor, sequence: SequenceProcessors) -> str:

@@ -38,7 +38,9 @@ class MemoryNeeds:
 
     Args:
         weights_bytes: parameters of this rank.
-        activations_bytes: see `activation_bytes`.
+        activations_bytes: see `activation_bytes`; on a GPU what the largest step took.
+        recorded_bytes: of recorded decode steps, beside that.
+        share: of the device's memory, that this engine may take in all; None: a bounded part of what is free.
         groups: KV groups of the model.
         block_bytes: one block over all layers that share it.
         kv_bytes_per_token: state of one token in all layers.
@@ -60,6 +62,13 @@ class MemoryNeeds:
     chunked: bool = True
     kv_cache_bytes: int | None = None
     num_blocks: int | None = None
+    recorded_bytes: int = 0
+    share: float | None = None
+
+    @property
+    def fixed_bytes(self) -> int:
+        """All but the KV cache."""
+        return self.weights_bytes + self.activations_bytes + self.recorded_bytes
 
     def sequence_blocks(self, max_model_len: int) -> int:
         """Most blocks that one sequence holds: what the scheduler's admission counts. The last token is never stored."""
@@ -95,7 +104,7 @@ class MemoryPlan:
     @property
     def room_bytes(self) -> int:
         """Free memory that weights and activations leave; negative when they do not fit."""
-        return self.memory.free_bytes - self.needs.weights_bytes - self.needs.activations_bytes
+        return self.memory.free_bytes - self.needs.fixed_bytes
 
     @property
     def capacity_tokens(self) -> int:
@@ -168,15 +177,22 @@ def plan_memory(needs: MemoryNeeds, memory: DeviceMemory) -> MemoryPlan:
         return MemoryPlan(needs, memory, needs.num_blocks * needs.block_bytes, "num_gpu_blocks_override", needs.num_blocks)
     if needs.kv_cache_bytes is not None:
         return _with_blocks(MemoryPlan(needs, memory, needs.kv_cache_bytes, "kv_cache_memory", 0))
-    free = memory.free_bytes
     budget, reason = min(
-        (MAX_DEFAULT_BYTES, "the default's upper bound"),
-        (free // 4, "a quarter of what this process may still use"),
-        (max(0, free - needs.weights_bytes - needs.activations_bytes), "what weights and activations leave"),
+        *_bounds(needs, memory),
+        (max(0, memory.free_bytes - needs.fixed_bytes), "what weights and activations leave"),
         (needs.cache_bytes(needs.max_model_len, needs.max_num_seqs), f"{needs.max_num_seqs} sequences of max_model_len"),
         key=lambda choice: choice[0],
     )
     return _with_blocks(MemoryPlan(needs, memory, budget, reason, 0))
+
+
+def _bounds(needs: MemoryNeeds, memory: DeviceMemory) -> list[tuple[int, str]]:
+    """What the KV cache may take of a device unless the configuration says how much: of a GPU, which is there for that, what this
+    engine's share leaves; of the host, which has other uses, a part."""
+    if needs.share is not None:
+        return [(max(0, int(needs.share * memory.total_bytes) - needs.fixed_bytes),
+                 f"gpu_memory_utilization={needs.share} of the device, less weights and activations")]
+    return [(MAX_DEFAULT_BYTES, "the default's upper bound"), (memory.free_bytes // 4, "a quarter of what this process may still use")]
 
 
 def _with_blocks(plan: MemoryPlan) -> MemoryPlan:
@@ -206,7 +222,16 @@ def memory_needs(config: EngineConfig, source: ModelSource, built: BuiltModel, o
         chunked=limits.chunked,
         kv_cache_bytes=cache.kv_cache_memory,
         num_blocks=cache.num_gpu_blocks_override,
+        recorded_bytes=source.device.captured_bytes(recorded_step_bytes(config, source, limits.max_num_seqs)),
+        share=cache.gpu_memory_utilization if source.device.own_share else None,
     )
+
+
+def recorded_step_bytes(config: EngineConfig, source: ModelSource, max_num_seqs: int) -> int:
+    """Memory of the largest decode step that is recorded; 0 where none is."""
+    if source.pooling is not None or config.device.enforce_eager:
+        return 0
+    return decode_bytes(source.config, source.dtype, max_num_seqs)
 
 
 def activation_bytes(config: ModelConfig, dtype: torch.dtype, max_num_batched_tokens: int, max_num_seqs: int, *,
@@ -244,4 +269,4 @@ def _token_elements(config: ModelConfig) -> int:
 
 
 __all__ = ["MemoryNeeds", "MemoryPlan", "activation_bytes", "decode_bytes", "group_layers", "memory_needs", "plan_memory",
-           "scratch_bytes"]
+           "recorded_step_bytes", "scratch_bytes"]

@@ -13,7 +13,8 @@ def plan_table(plan: MemoryPlan) -> str:
     needs, memory = plan.needs, plan.memory
     rows = [
         ("weights", size_text(needs.weights_bytes), ""),
-        ("activations", size_text(needs.activations_bytes), "estimated peak of a step"),
+        ("activations", size_text(needs.activations_bytes), "peak of a step"),
+        *([("recorded steps", size_text(needs.recorded_bytes), "of decode")] if needs.recorded_bytes else []),
         *(_cache_rows(plan) if needs.groups else [("KV cache", size_text(0), plan.budget_reason)]),
         ("free on the device", size_text(memory.free_bytes), f"of {size_text(memory.total_bytes)}"),
         ("held by others", size_text(memory.held_by_others_bytes), f"this process holds {size_text(memory.own_bytes)}"),
@@ -52,7 +53,7 @@ def _verdict(plan: MemoryPlan) -> str:
     if fixes:
         return f"does not fit: {plan.problem}. Set {', or '.join(fixes)}"
     needs = plan.needs
-    least = needs.weights_bytes + needs.activations_bytes + needs.cache_bytes(needs.max_model_len)
+    least = needs.fixed_bytes + needs.cache_bytes(needs.max_model_len)
     return (f"does not fit: {plan.problem}. No one setting changes that: free memory, or use a machine where at least "
             f"{size_text(least)} are free, a smaller model or a smaller dtype")
 

@@ -1,4 +1,4 @@
-"""The end of a pooling step: hidden states -> poolers -> dense layers or label head -> results. Float32 on the CPU at the end.
+"""The end of a pooling step: hidden states -> poolers -> dense layers or label head -> results, float32 on the host at the end.
 
 A step may come again after it raised: states of poolers are replaced when everything is computed, not before.
 """
@@ -21,6 +21,8 @@ from kvloom.interfaces.model import ForwardContext, Model
 from kvloom.interfaces.pooling import Pooler
 from kvloom.interfaces.step import NewSequence, Pooled, RowError, RowResult, TokenRange
 from kvloom.params import PoolingParams
+from kvloom.runtime.outbox import Outbox
+from kvloom_kernels.transfer import to_device
 
 ALL_TOKENS = "ALL"
 """Pooling type of the tasks that begin with ``token_``."""
@@ -109,10 +111,11 @@ class RowPooler:
         return self._poolers.start(params, new.token_ids[:new.prompt_tokens])
 
     def pool(self, ranges: Sequence[TokenRange], states: Sequence[PoolingState], starts: Sequence[int], hidden: Tensor,
-             ctx: ForwardContext) -> tuple[list[RowResult], list[PoolingState]]:
+             ctx: ForwardContext, outbox: Outbox) -> tuple[list[RowResult], list[PoolingState]]:
         """One result a range, and the states after it.
 
         Args:
+            outbox: brings what was pooled to the host.
             starts: ``[R + 1]`` first row of each range in `hidden` ``[T, H]``.
         """
         after = [self._update(s, r, hidden[starts[i]:starts[i + 1]]) for i, (s, r) in enumerate(zip(states, ranges, strict=True))]
@@ -123,7 +126,7 @@ class RowPooler:
                     done[i] = self._finished(state)
                 except RequestError as error:
                     after[i] = replace(state, error=error)
-        found = self._heads({i: (after[i].params, rows) for i, rows in done.items()}, ctx)
+        found = self._heads({i: (after[i].params, rows) for i, rows in done.items()}, ctx, outbox)
         return [self._result(r, after[i], found.get(i)) for i, r in enumerate(ranges)], after
 
     def _update(self, s: PoolingState, r: TokenRange, hidden: Tensor) -> PoolingState:
@@ -146,7 +149,7 @@ class RowPooler:
             raise _blame(s.pooler, PluginError(f"it must give a float tensor [{self._width}] or [n, {self._width}], it gave {shape}"))
         return rows
 
-    def _heads(self, done: Mapping[int, tuple[PoolingParams, Tensor]], ctx: ForwardContext) -> dict[int, Tensor]:
+    def _heads(self, done: Mapping[int, tuple[PoolingParams, Tensor]], ctx: ForwardContext, outbox: Outbox) -> dict[int, Tensor]:
         """Dense layers or label head over all rows of the step at once; then what requests want of their own, those that want the
         same together."""
         if not done:
@@ -159,16 +162,19 @@ class RowPooler:
         for i, (params, _) in done.items():
             wanted = (params.use_activation, params.dimensions, tuple(params.returned_token_ids or ()))
             alike.setdefault(wanted, []).append(i)
+        sent = []
         for same in alike.values():
             together = rows if len(same) == len(done) else torch.cat([own[i] for i in same])
-            together = self._activated(done[same[0]][0], together).cpu()
-            own |= zip(same, torch.split(together, [len(own[i]) for i in same]), strict=True)
+            sent.append((same, outbox.add(self._activated(done[same[0]][0], together))))
+        for same, arrives in sent:
+            own |= zip(same, torch.split(arrives()[0], [len(own[i]) for i in same]), strict=True)
         return {i: own[i] if given.ndim == 2 else own[i][0] for i, (_, given) in done.items()}
 
     def _activated(self, params: PoolingParams, rows: Tensor) -> Tensor:
         """``[n, labels]`` or ``[n, H]``, float32."""
         if self._poolers.plan.labels:
-            rows = rows if params.returned_token_ids is None else rows[:, params.returned_token_ids]
+            if params.returned_token_ids is not None:
+                rows = rows[:, to_device(np.array(params.returned_token_ids, np.int64), rows.device)]
             if not params.use_activation or self._poolers.plan.activation == "identity":
                 return rows
             return rows.sigmoid() if self._poolers.plan.activation == "sigmoid" else rows.softmax(-1)

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from kvloom.errors import RequestError
-from kvloom.interfaces.sampling import SampledTokens, Sampler, SamplingRows
+from kvloom.interfaces.sampling import Sampler, SamplingRows
 from kvloom.interfaces.step import RowError, RowResult, TokenRange
 from kvloom.runtime.batch import Array, BatchState
 from kvloom.runtime.grammar import StepMasks
 from kvloom.runtime.logits import LogitsPipeline, SequenceProcessors
-from kvloom.runtime.logprobs import Candidates, candidates, prompt_candidates
+from kvloom.runtime.logprobs import Found, arrived, candidates, prompt_candidates
+from kvloom.runtime.outbox import Outbox
+from kvloom_kernels.transfer import to_device
 
+NOT_FINITE = "its logits are not finite: the model computed NaN or infinity for it"
 LogitsOf = Callable[[Tensor], Tensor]
 """``hidden [r, H] -> logits [r, V]`` of the model."""
 
@@ -27,7 +30,7 @@ class RowSampler:
         self._sampler, self._pipeline, self._state = sampler, pipeline, state
 
     def sample(self, ranges: Sequence[TokenRange], rows: Array, positions: Array, raw: Tensor,
-               again: Callable[[], Tensor], masks: StepMasks | None = None) -> list[RowResult]:
+               again: Callable[[], Tensor], outbox: Outbox, masks: StepMasks | None = None) -> list[RowResult]:
         """One result a range.
 
         Args:
@@ -35,6 +38,7 @@ class RowSampler:
             rows, positions: ``[S]`` row in the batch state, and position that the sampled token will have.
             raw: ``[S, V]`` logits of the last positions; may be changed in place.
             again: computes them once more.
+            outbox: brings what was sampled to the host.
             masks: of the rows that have a grammar.
         """
         processors = [self._state.processors[row] for row in rows]
@@ -49,11 +53,15 @@ class RowSampler:
         if masks is not None:
             masks.force(logits)
         done = self._sampler.sample(logits, self._sampling_rows(ranges, rows, positions))
-        logprobs = self._logprobs(raw, done.token_ids, rows, wanted, asking)
-        failed = {s: self._failure(s, done, processors, again, masks) for s in done.failed}
+        found = self._logprobs(raw, done.token_ids, rows, wanted, asking, outbox)
+        arrives = outbox.add(done.token_ids, *([] if done.finite is None else [done.finite]))
+        token_ids, *finite = (tensor.numpy() for tensor in arrives())  # the host waits for the device here, and nowhere else
+        logprobs = {int(asking[i]): (row,) for i, row in arrived(found).items()}
+        unsampled = dict(done.failed) | dict.fromkeys(np.flatnonzero(~finite[0]).tolist() if finite else (), NOT_FINITE)
+        failed = {s: self._failure(s, reason, processors, again, masks) for s, reason in unsampled.items()}
+        token_ids = self._checked(token_ids, raw.shape[-1], failed)
         failed |= {} if masks is None else {s: _row_error(error) for s, error in masks.failed.items()}
         failed |= {s: _row_error(p.error) for s, p in enumerate(processors) if p.error is not None}
-        token_ids = done.token_ids.cpu().numpy()
         self._state.write_sampled(rows, positions, token_ids)
         for s, (sequence, token_id) in enumerate(zip(processors, token_ids.tolist(), strict=True)):
             if (sequence.states or sequence.grammar) and s not in failed:
@@ -74,21 +82,29 @@ class RowSampler:
         )
 
     def _logprobs(self, raw: Tensor, token_ids: Tensor, rows: Array, wanted: Array,
-                  asking: Array) -> dict[int, tuple[Candidates, ...]]:
-        """Of the rows that ask, by index."""
+                  asking: Array, outbox: Outbox) -> list[Found]:
+        """Of the rows that ask, by their place among those."""
         if not len(asking):
-            return {}
+            return []
         if len(asking) < len(wanted):
-            index = torch.from_numpy(asking).to(raw.device)
+            index = to_device(asking, raw.device)
             raw, token_ids = raw[index], token_ids[index]
-        found = candidates(_scaled(raw, self._state.score_temperatures[rows[asking]]), token_ids, wanted[asking].tolist())
-        return {int(s): (row,) for s, row in zip(asking, found, strict=True)}
+        there = token_ids.clamp(0, raw.shape[1] - 1)  # see `_checked`
+        return candidates(_scaled(raw, self._state.score_temperatures[rows[asking]]), there, wanted[asking].tolist(), outbox)
 
-    def _failure(self, s: int, done: SampledTokens, processors: Sequence[SequenceProcessors],
+    def _checked(self, token_ids: Array, vocab_size: int, failed: dict[int, RowError]) -> Array:
+        """The ids; 0 in the place of one that there is not, whose row fails."""
+        outside = (token_ids < 0) | (token_ids >= vocab_size)
+        for s in np.flatnonzero(outside).tolist():
+            failed.setdefault(s, RowError("RequestFailedError", f"the sampler {type(self._sampler).__name__} gave the token id "
+                                                                f"{token_ids[s]}: there are 0 to {vocab_size - 1}"))
+        return np.where(outside, 0, token_ids)
+
+    def _failure(self, s: int, reason: str, processors: Sequence[SequenceProcessors],
                  again: Callable[[], Tensor], masks: StepMasks | None) -> RowError:
         """Why a row could not be sampled: its logits are computed again, and its processors run one by one."""
         if processors[s].error is not None or not processors[s].states:
-            return RowError("RequestFailedError", done.failed[s])
+            return RowError("RequestFailedError", reason)
         logits = again()
         if masks is not None:
             masks.apply(logits)
@@ -103,14 +119,15 @@ class RowSampler:
             return {s: _row_error(error)}
         return {}
 
-    def prompt_logprobs(self, r: TokenRange, row: int, hidden: Tensor, logits_of: LogitsOf) -> tuple[Candidates, ...] | None:
-        """Of the prompt tokens after each of the range's positions, None when nobody asked; ``hidden [num_tokens, H]``."""
+    def prompt_logprobs(self, r: TokenRange, row: int, hidden: Tensor, logits_of: LogitsOf,
+                        outbox: Outbox) -> list[list[Found]] | None:
+        """Of the prompt tokens after each of the range's positions, in parts; None when nobody asked. ``hidden [num_tokens, H]``."""
         wanted = int(self._state.num_prompt_candidates[row])
         end = min(r.start + r.num_tokens, int(self._state.prompt_tokens[row]) - 1)
         if wanted < 0 or end <= r.start:
             return None
-        following = torch.from_numpy(self._state.token_ids[row, r.start + 1:end + 1]).to(hidden.device)
-        return tuple(prompt_candidates(hidden[:end - r.start], following, wanted, logits_of))
+        following = to_device(self._state.token_ids[row, r.start + 1:end + 1], hidden.device)
+        return prompt_candidates(hidden[:end - r.start], following, wanted, logits_of, outbox)
 
 
 def _scaled(logits: Tensor, temperatures: Array) -> Tensor:
@@ -118,7 +135,7 @@ def _scaled(logits: Tensor, temperatures: Array) -> Tensor:
     if not temperatures.any():
         return logits
     divisors = np.where(temperatures > 0, temperatures, np.float32(1))
-    return logits.float() / torch.from_numpy(divisors).to(logits.device)[:, None]
+    return logits.float() / to_device(divisors, logits.device)[:, None]
 
 
 def _row_error(error: RequestError) -> RowError:

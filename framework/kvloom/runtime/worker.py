@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from kvloom.config import EngineConfig
 from kvloom.config.other_values import instead
 from kvloom.config.pooling import PoolingPlan
 from kvloom.core import SchedulerLimits
-from kvloom.errors import ConfigError, EngineStateError, InternalError, NotRegisteredError, RequestError
+from kvloom.errors import ConfigError, EngineStateError, InternalError, MemoryPlanError, NotRegisteredError, RequestError
 from kvloom.hooks.loader import PluginSet
 from kvloom.interfaces import (
     Grammar,
@@ -37,11 +38,11 @@ from kvloom.runtime.dense import DenseLayers
 from kvloom.runtime.forward import Forward, LayerState
 from kvloom.runtime.grammar import GrammarFactory
 from kvloom.runtime.host_blocks import HostBlocks
-from kvloom.runtime.host_memory import host_memory, release_freed, trim_heap
 from kvloom.runtime.kv_tensors import LayerShapes, allocate, copy_blocks
 from kvloom.runtime.logits import NO_PROCESSORS, LogitsPipeline, SequenceProcessors, make_processors
-from kvloom.runtime.memory import MemoryPlan, decode_bytes, memory_needs, plan_memory, scratch_bytes
+from kvloom.runtime.memory import MemoryPlan, memory_needs, plan_memory, recorded_step_bytes, scratch_bytes
 from kvloom.runtime.offload import HostWeights, layers_to_offload, offload, weights_bytes, weights_of
+from kvloom.runtime.peak import largest_step
 from kvloom.runtime.pooling import PoolerSet, PoolingState, RowPooler
 from kvloom.runtime.profiling import WorkerProfiler
 from kvloom.runtime.runner import Runner
@@ -49,8 +50,6 @@ from kvloom.runtime.threads import choose_threads
 from kvloom.runtime.weights import check_catalog, load_weights, wanted_infos, wanted_slots
 from kvloom.text.grammar_gate import find_grammar
 from kvloom.text.vocabulary import open_vocabulary
-from kvloom_kernels import native
-from kvloom_kernels.linear import product_kind
 
 DEFAULT_SAMPLER = "default"
 
@@ -96,11 +95,11 @@ class HostLink:
 
 
 def plan_model(config: EngineConfig, plugins: PluginSet, source: ModelSource, *,
-               is_host: bool = True) -> tuple[MemoryPlan, BuiltModel]:
+               is_host: bool | None = None) -> tuple[MemoryPlan, BuiltModel]:
     """The memory plan, from config.json and file headers alone; the model exists on the meta device only.
 
     Args:
-        is_host: whether the device is the host itself, so that no weights can be kept elsewhere.
+        is_host: whether the device is the host itself, so that no weights can be kept elsewhere; None: what the source's device says.
 
     Raises:
         CheckpointError: the files do not hold what the model needs.
@@ -109,12 +108,13 @@ def plan_model(config: EngineConfig, plugins: PluginSet, source: ModelSource, *,
     slots = wanted_slots(built.model)
     catalog = make_loader(config, plugins).catalog(source.directory, wanted_infos(slots))
     check_catalog(built.model, slots, catalog, source.directory)
+    is_host = source.device.is_host if is_host is None else is_host
     offloaded = [] if is_host else layers_to_offload(built.model, config.cache.cpu_offload_bytes)
-    return plan_memory(memory_needs(config, source, built, weights_bytes(offloaded)), host_memory()), built
+    return plan_memory(memory_needs(config, source, built, weights_bytes(offloaded)), source.device.memory()), built
 
 
 class DeviceWorker:
-    """See `kvloom.interfaces.Worker`. One rank, in this process, on the CPU.
+    """See `kvloom.interfaces.Worker`. One rank, in this process, on the source's device.
 
     Attributes:
         host_link: None where the device is the host itself: then blocks that gave way are recomputed, all weights stay where they are,
@@ -130,7 +130,7 @@ class DeviceWorker:
         self._make_vocabulary = make_vocabulary or self._open_vocabulary
         self._config, self._plugins, self._source = config, plugins, source
         self._grammars = self._make_grammars()
-        self._device = torch.device("cpu")
+        self._device = source.device
         self._comm = LocalComm()
         self._plan: MemoryPlan | None = None
         self._built: BuiltModel | None = None
@@ -148,6 +148,11 @@ class DeviceWorker:
         return self._model().model
 
     @property
+    def held_bytes(self) -> int:
+        """See `Worker.held_bytes`."""
+        return self._device.memory().own_bytes
+
+    @property
     def plan(self) -> MemoryPlan:
         """The memory plan. After `load` only."""
         if self._plan is None:
@@ -162,26 +167,44 @@ class DeviceWorker:
             CheckpointError: the files do not hold what the model needs.
         """
         began = time.perf_counter()
-        threads, kernels = choose_threads(), _kernels_note()
+        threads, kernels = choose_threads(), self._device.kernels()
         started = time.perf_counter()
-        self._plan, _ = plan_model(self._config, self._plugins, self._source, is_host=self.host_link is None)
+        self._plan, _ = plan_model(self._config, self._plugins, self._source, is_host=self._is_host)
         self._plan.check()
         planned = time.perf_counter()
-        notes = (threads, kernels, *self._load_model())
-        done = time.perf_counter()
-        return WorkerReport(self.rank, self._plan.needs.groups, self._plan.num_blocks, self._plugins.manifest.hash,
-                            (("kernels", started - began), ("memory plan", planned - started), ("weights", done - planned)), notes,
-                            self._host_tier())
+        with _no_memory_is_a_plan_error():
+            notes = (threads, kernels, *self._load_model())
+        loaded = time.perf_counter()
+        timings = [("kernels", started - began), ("memory plan", planned - started), ("weights", loaded - planned)]
+        if self._device.profiles:
+            with self._device.current(), _no_memory_is_a_plan_error():
+                self._plan = self._measured_plan(self._plan)
+            self._plan.check()
+            timings.append(("largest step", time.perf_counter() - loaded))
+        return WorkerReport(self.rank, self._plan.needs.groups, self._plan.num_blocks, self._plugins.manifest.hash, tuple(timings),
+                            notes, self._host_tier())
+
+    @property
+    def _is_host(self) -> bool:
+        return self._device.is_host and self.host_link is None
+
+    def _measured_plan(self, plan: MemoryPlan) -> MemoryPlan:
+        """With what the largest step takes in place of the estimate. Its time also says what computing a block again costs."""
+        step = largest_step(self._model(), self._source, self._config, plan.needs.groups, self._comm)
+        measured = self._device.measure(step.run)
+        if self.host_link is None:
+            self.host_link = HostLink(self._device.host_bytes_per_s(), step.tokens / measured.seconds)
+        return plan_memory(replace(plan.needs, activations_bytes=measured.peak_bytes), plan.memory)
 
     def _load_model(self) -> tuple[str, ...]:
         """Build the model and read its weights; lines for the start report."""
-        built = build_model(self._config, self._plugins, self._source, self._device, self._comm)
+        built = build_model(self._config, self._plugins, self._source, self._device.torch_device, self._comm)
         loaded = load_weights(built.model, make_loader(self._config, self._plugins), self._source.directory)
         notes = [*built.notes, f"weights: {loaded.num_tensors} tensors, {loaded.size_bytes} bytes"]
         if loaded.ignored:
             notes.append(f"ignored tensors: {', '.join(loaded.ignored)}")
-        if self.host_link is not None and self._config.cache.cpu_offload_bytes:
-            kept_bytes = offload(layers_to_offload(built.model, self._config.cache.cpu_offload_bytes), self._device)
+        if not self._is_host and self._config.cache.cpu_offload_bytes:
+            kept_bytes = offload(layers_to_offload(built.model, self._config.cache.cpu_offload_bytes), self._device.torch_device)
             notes.append(f"weights kept on the host: {kept_bytes} bytes")
         self._built = built
         return tuple(notes)
@@ -198,8 +221,9 @@ class DeviceWorker:
         built, groups = self._model(), self.plan.needs.groups
         self._num_blocks = num_blocks
         self._shapes = {layer: built.backends[layer].state_shapes() for group in groups for layer in group.layers}
-        self._caches = allocate(groups, self._shapes, num_blocks, self._device)
-        self._make_runner(built, self._caches)
+        with _no_memory_is_a_plan_error():
+            self._caches = allocate(groups, self._shapes, num_blocks, self._device.torch_device)
+            self._make_runner(built, self._caches)
 
     def _make_runner(self, built: BuiltModel, caches: Mapping[int, LayerCache]) -> None:
         """All that is remembered of sequences, which is nothing."""
@@ -219,25 +243,24 @@ class DeviceWorker:
 
     def _forward(self, built: BuiltModel, caches: Mapping[int, LayerCache], limits: SchedulerLimits) -> Forward:
         layers = LayerState(self.plan.needs.groups, len(built.model.state_specs()), built.backends, caches)
-        records = self._source.pooling is None and not self._config.device.enforce_eager
         config, dtype = self._source.config, self._source.dtype
         return Forward(built.model, self._comm, layers, self._device,
                        max_num_seqs=limits.max_num_seqs, max_model_len=limits.max_model_len,
-                       recorded_bytes=decode_bytes(config, dtype, limits.max_num_seqs) if records else 0,
+                       recorded_bytes=recorded_step_bytes(self._config, self._source, limits.max_num_seqs),
                        scratch_bytes=scratch_bytes(config, dtype, limits.max_num_batched_tokens))
 
     def _make_pooler(self, model: Model) -> RowPooler | None:
         plan, source = self._source.pooling, self._source
         if plan is None:
             return None
-        dense = DenseLayers(plan.dense, lambda: make_loader(self._config, self._plugins))
+        dense = DenseLayers(plan.dense, lambda: make_loader(self._config, self._plugins), self._device.torch_device)
         return RowPooler(make_poolers(self._plugins, plan, model_pooling(self)), model, dense, source.dtype, source.config.hidden_size)
 
     def execute(self, step: Step) -> StepResult:
         """See `Worker.execute`."""
         if self._runner is None:
             raise InternalError("execute was called before allocate, or while the worker sleeps")
-        with self._profiler.step(step.step_id):
+        with self._profiler.step(step.step_id), self._device.current():
             return self._runner.execute(step)
 
     def forget_recorded(self) -> None:
@@ -256,9 +279,9 @@ class DeviceWorker:
         self._caches = None
         if level == 2:
             self._built = self._aside = None
-        elif self.host_link is not None and self._aside is None:
-            self._aside = HostWeights(weights_of(self._model().model), self._device)
-        release_freed()
+        elif not self._is_host and self._aside is None:
+            self._aside = HostWeights(weights_of(self._model().model), self._device.torch_device)
+        self._device.release()
 
     def wake_up(self, tags: Sequence[str]) -> None:
         """See `Worker.wake_up`.
@@ -266,14 +289,18 @@ class DeviceWorker:
         Raises:
             MemoryPlanError: the memory was given to somebody else meanwhile.
         """
+        with _no_memory_is_a_plan_error():
+            self._wake_up(tags)
+
+    def _wake_up(self, tags: Sequence[str]) -> None:
         if "weights" in tags and self._built is None:
-            replace(self.plan, memory=host_memory()).check()
+            replace(self.plan, memory=self._device.memory()).check()
             self._load_model()
         if "weights" in tags and self._aside is not None:
             self._aside.fetch()
             self._aside = None
         if "kv_cache" in tags and self._caches is None:
-            self._caches = allocate(self.plan.needs.groups, self._shapes, self._num_blocks, self._device)
+            self._caches = allocate(self.plan.needs.groups, self._shapes, self._num_blocks, self._device.torch_device)
         if self._runner is None and self._built is not None and self._caches is not None:
             self._make_runner(self._built, self._caches)
 
@@ -290,7 +317,7 @@ class DeviceWorker:
         self._profiler.close()
         self._drop_runner()
         self._caches = self._built = self._aside = None
-        trim_heap()
+        self._device.close()
 
     def _drop_runner(self) -> None:
         if self._runner is not None:
@@ -345,10 +372,14 @@ def model_pooling(worker: Any) -> tuple[str, dict[str, Any]]:
     return worker.model.pooling, dict(worker.model.pooling_options)
 
 
-def _kernels_note() -> str:
-    """Compile or load the C++ kernels; what the start report says about them."""
-    reason = native.problem()
-    return f"kernels: {'C++' if reason is None else f'torch ({reason})'}; bfloat16 products: {product_kind()}"
+@contextmanager
+def _no_memory_is_a_plan_error() -> Iterator[None]:
+    """Planned memory of the device is not there: others took it, or a step takes more than was estimated."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryPlanError("the device has less free memory than was planned with: others took it meanwhile, or a step takes more "
+                              f"than was estimated; free some, or lower max_num_batched_tokens. torch says: {error}") from error
 
 
 def worker_plan(worker: Any) -> MemoryPlan:

@@ -75,7 +75,10 @@ def reads(template: str) -> frozenset[str]:
 
 
 def answer_to(asked: dict[str, Any]) -> dict[str, Any]:
-    """To one question."""
+    """To one question. One without variables is whether the template can be compiled."""
+    if asked["variables"] is None:
+        compiled(asked["template"])
+        return {"text": ""}
     unread = next((name for name in asked["must_read"] if name not in reads(asked["template"])), None)
     if unread is not None:
         return {"unread": unread, "reads": sorted(reads(asked["template"]))}

@@ -37,11 +37,15 @@ class TemplateRenderer:
         self._time_limit_s, self._max_characters = time_limit_s, max_characters
         self._process = LimitedProcess(PROGRAM, memory_limit_bytes, START_LIMIT_S)
 
-    def render(self, template: str, variables: Mapping[str, Any], must_read: Mapping[str, str] = NOTHING) -> str:
+    def check(self, template: str) -> None:
+        """Raises `RequestValidationError` for a template that cannot be compiled, or breaks a limit."""
+        self.render(template, None)
+
+    def render(self, template: str, variables: Mapping[str, Any] | None, must_read: Mapping[str, str] = NOTHING) -> str:
         """The text.
 
         Args:
-            variables: JSON data.
+            variables: JSON data; None: the template is compiled only, and the text is empty.
             must_read: variables that would be in vain if the template did not read them -> the parameter that they come from.
 
         Raises:
@@ -49,7 +53,7 @@ class TemplateRenderer:
         """
         if len(template) > MAX_TEMPLATE_CHARACTERS:
             raise _refusal(f"it has {len(template)} characters, at most {MAX_TEMPLATE_CHARACTERS} are taken")
-        question = {"template": template, "variables": dict(variables), "must_read": list(must_read),
+        question = {"template": template, "variables": None if variables is None else dict(variables), "must_read": list(must_read),
                     "max_characters": self._max_characters}
         try:
             data = json.dumps(question, allow_nan=False).encode() + b"\n"

@@ -85,25 +85,71 @@ struct Write {
     float eps;
 };
 
+// Where the cache keeps a token.
+template <class T> struct Place {
+    static constexpr int64_t SIDE = sizeof(T) == 2 ? 2 : 1;
+    const Write& w;
+    int64_t block, offset;
+
+    Place(const Write& w, int64_t t) : w(w), block(w.slots[t] / w.block_tokens), offset(w.slots[t] % w.block_tokens) {}
+
+    T* keys(int64_t h) const {
+        int64_t steps = (w.dim + SIDE - 1) / SIDE;
+        return (T*)w.k_cache + (block * w.k.count + h) * steps * SIDE * w.block_tokens + offset * SIDE;
+    }
+    T* values(int64_t h) const {
+        int64_t pairs = (w.block_tokens + SIDE - 1) / SIDE;
+        return (T*)w.v_cache + (block * w.k.count + h) * pairs * SIDE * w.value_dim + offset / SIDE * w.value_dim * SIDE + offset % SIDE;
+    }
+};
+
+template <class T> void write_keys(const Write& w, const Place<T>& place, int64_t t) {
+    constexpr int64_t SIDE = Place<T>::SIDE;
+    for (int64_t h = 0; h < w.k.count; h++) {
+        const T* head = (const T*)w.k.data + t * w.k.stride + h * w.dim;
+        T* to = place.keys(h);
+        int64_t d = 0;
+        for (; d + SIDE <= w.dim; d += SIDE) std::memcpy((void*)(to + d * w.block_tokens), head + d, SIDE * sizeof(T));
+        if (d < w.dim) to[d * w.block_tokens] = head[d];
+    }
+}
+
+template <class T> void write_values(const Write& w, const Place<T>& place, int64_t t) {
+    for (int64_t h = 0; h < w.k.count; h++) {
+        const T* value = (const T*)w.v + t * w.v_stride + h * w.value_dim;
+        T* to = place.values(h);
+        for (int64_t d = 0; d < w.value_dim; d++) to[d * Place<T>::SIDE] = value[d];
+    }
+}
+
+// Those of two tokens that lie side by side.
+inline void write_both(const Write& w, const Place<bf16>& place, int64_t t) {
+    for (int64_t h = 0; h < w.k.count; h++) {
+        const uint16_t *first = (const uint16_t*)w.v + t * w.v_stride + h * w.value_dim, *second = first + w.v_stride;
+        uint32_t* to = (uint32_t*)place.values(h);
+        for (int64_t d = 0; d < w.value_dim; d++) to[d] = first[d] | uint32_t(second[d]) << 16;
+    }
+}
+inline void write_both(const Write&, const Place<float>&, int64_t) {}
+
 template <class T> void norm_rope_write(const Write& w, const Team& team) {
-    constexpr int64_t SIDE = sizeof(T) == 2 ? 2 : 1;
-    int64_t pairs = (w.block_tokens + SIDE - 1) / SIDE, steps = (w.dim + SIDE - 1) / SIDE;
-    team.each(w.rows, [&](int64_t t) {
-        const float *cosines = w.table + (w.rotary_dim ? w.positions[t] * w.rotary_dim : 0), *sines = cosines + w.rotary_dim / 2;
-        for (const Heads* part : {&w.q, &w.k})
-            for (int64_t h = 0; h < part->count; h++) {
-                T* head = (T*)part->data + t * part->stride + h * w.dim;
-                if (part->norm) normalise<T>(head, (const T*)part->norm, head, w.dim, w.eps);
-                rotate<T>(head, cosines, sines, w.rotary_dim / 2);
-            }
-        int64_t block = w.slots[t] / w.block_tokens, offset = w.slots[t] % w.block_tokens;
-        for (int64_t h = 0; h < w.k.count; h++) {
-            const T* head = (const T*)w.k.data + t * w.k.stride + h * w.dim;
-            T* keys = (T*)w.k_cache + (block * w.k.count + h) * steps * SIDE * w.block_tokens + offset * SIDE;
-            for (int64_t d = 0; d < w.dim; d++) keys[d / SIDE * w.block_tokens * SIDE + d % SIDE] = head[d];
-            const T* value = (const T*)w.v + t * w.v_stride + h * w.value_dim;
-            T* values = (T*)w.v_cache + (block * w.k.count + h) * pairs * SIDE * w.value_dim + offset / SIDE * w.value_dim * SIDE + offset % SIDE;
-            for (int64_t d = 0; d < w.value_dim; d++) values[d * SIDE] = value[d];
+    constexpr int64_t SIDE = Place<T>::SIDE;
+    team.each_some(w.rows, [&](int64_t first, int64_t last) {
+        for (int64_t t = first, written = t; t < last; t++) {
+            const float *cosines = w.table + (w.rotary_dim ? w.positions[t] * w.rotary_dim : 0), *sines = cosines + w.rotary_dim / 2;
+            for (const Heads* part : {&w.q, &w.k})
+                for (int64_t h = 0; h < part->count; h++) {
+                    T* head = (T*)part->data + t * part->stride + h * w.dim;
+                    if (part->norm) normalise<T>(head, (const T*)part->norm, head, w.dim, w.eps);
+                    rotate<T>(head, cosines, sines, w.rotary_dim / 2);
+                }
+            Place<T> place(w, t);
+            write_keys(w, place, t);
+            if (t < written) continue;  // with the one before
+            bool are_both = SIDE == 2 && place.offset % 2 == 0 && place.offset + 1 < w.block_tokens && t + 1 < last &&
+                            w.slots[t + 1] == w.slots[t] + 1;
+            are_both ? write_both(w, place, t) : write_values(w, place, t);
+            written = t + (are_both ? 2 : 1);
         }
     });
 }

@@ -29,6 +29,7 @@ typedef uint32_t uvec __attribute__((vector_size(32)));
 constexpr int STREAMED_ROWS = 4;    // up to here the weight is read faster than it is multiplied: fetch it in advance
 constexpr int AHEAD_BYTES = 2048;
 constexpr int64_t BLOCK_BYTES = 512 * 1024;  // of rows that are multiplied with all panels before the next ones
+constexpr int64_t STREAMED_BYTES = 8 * 1024 * 1024;
 
 template <class V, class P> inline V read(const P* p) {
     V out;
@@ -143,6 +144,7 @@ template <class T> struct ByVectors {
     static int64_t tiles(int64_t rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
     static int64_t first_row(int64_t tile, int64_t rows) { return rows * tile / tiles(rows); }
     static constexpr int64_t MOST_ROWS = TILE_ROWS;
+    static constexpr bool IS_FAST = false;
     static int64_t steps_of(int64_t) { return 0; }
 
     template <class Between> void operator()(const Rows<T>& rows, const T* first, const T* second, const Results&, float* sums, const Between&) {
@@ -164,6 +166,7 @@ public:
     static int64_t tiles(int64_t rows) { return (rows + MOST_ROWS - 1) / MOST_ROWS; }
     static int64_t first_row(int64_t tile, int64_t rows) { return tile * MOST_ROWS < rows ? tile * MOST_ROWS : rows; }
 
+    static constexpr bool IS_FAST = true;
     static int64_t steps_of(int64_t k) { return k / TILE_DEPTH; }
 
     // Calls `between` once for each step along k.
@@ -237,20 +240,27 @@ template <class T, class O> inline void store_panel(const Product& p, O* out, fl
     put_n<O>(out + first, sums, count_at(first, p.n));
 }
 
-// Widened results are logits: too many for the caches, where they would only take the place of what is read again.
-template <class T, class O> constexpr bool IS_STREAMED = !std::is_same<T, O>::value;
-
-template <class T, class O> inline void put_whole(O* out, f32x16 sums) {
+// Two panels of whole lines past the caches.
+inline void stream_pair(float* out, const float* sums) {
 #ifdef __AVX512F__
-    if (IS_STREAMED<T, O> && reinterpret_cast<uintptr_t>(out) % 64 == 0) return _mm512_stream_ps((float*)out, (__m512)sums);
+    _mm512_stream_ps(out, (__m512)load<float>(sums));
+    _mm512_stream_ps(out + PANEL, (__m512)load<float>(sums + PANEL));
 #endif
-    store<O>(out, sums);
+}
+inline void stream_pair(bf16* out, const float* sums) {
+#ifdef __AVX512F__
+    alignas(64) bf16 line[2 * PANEL];
+    store<bf16>(line, load<float>(sums));
+    store<bf16>(line + PANEL, load<float>(sums + PANEL));
+    _mm512_stream_si512((__m512i*)out, _mm512_load_si512(line));
+#endif
 }
 
 // One row of two panels side by side.
-template <class T, class O> inline void store_pair(const Product& p, O* out, float* sums, int64_t first) {
+template <class T, class O> inline void store_pair(const Product& p, O* out, float* sums, int64_t first, bool is_streamed) {
     if (first + 2 * PANEL <= p.n && !p.bias) {
-        for (int64_t i = 0; i < 2 * PANEL; i += LANES) put_whole<T, O>(out + first + i, load<float>(sums + i));
+        if (is_streamed && reinterpret_cast<uintptr_t>(out + first) % 64 == 0) return stream_pair(out + first, sums);
+        for (int64_t i = 0; i < 2 * PANEL; i += LANES) store<O>(out + first + i, load<float>(sums + i));
         return;
     }
     store_panel<T, O>(p, out, sums, first);
@@ -271,7 +281,7 @@ template <class T, class O> inline void store_gated(const Product& p, O* out, fl
 // Sums that were made and are not stored yet: that is done a few rows at a time, while a unit of its own makes the next ones.
 template <class T, class O> class Pending {
 public:
-    explicit Pending(const Product& p) : p_(p) {}
+    Pending(const Product& p, bool are_streamed) : p_(p), are_streamed_(are_streamed) {}
 
     void set(float* sums, O* to, int64_t count, int64_t first) {
         sums_ = sums, to_ = to, count_ = count, first_ = first, row_ = 0;
@@ -283,7 +293,7 @@ public:
             if (p_.finish)
                 store_gated<T, O>(p_, to_ + row_ * p_.out_stride, sums, first_);
             else
-                store_pair<T, O>(p_, to_ + row_ * p_.out_stride, sums, first_);
+                store_pair<T, O>(p_, to_ + row_ * p_.out_stride, sums, first_, are_streamed_);
         }
     }
 
@@ -291,6 +301,7 @@ public:
 
 private:
     const Product& p_;
+    bool are_streamed_;
     float* sums_ = nullptr;
     O* to_ = nullptr;
     int64_t count_ = 0, first_ = 0, row_ = 0;
@@ -318,11 +329,28 @@ private:
     int64_t bytes_ = 0, at_ = 0, at_once_ = 0;
 };
 
+// Results that are too many for the caches would only take the place of what is read again: logits, and whatever is made faster than
+// memory could give each line before it is written.
+template <class T, class O, class Multiply> bool are_streamed(const Product& p) {
+#ifdef __AVX512F__
+    bool are_logits = !std::is_same<T, O>::value, are_many = Multiply::IS_FAST && p.rows * p.n * int64_t(sizeof(O)) > STREAMED_BYTES;
+    return !p.finish && (are_logits || are_many);
+#else
+    return false;
+#endif
+}
+
 // Results of one thread.
 template <class T, class O, class Multiply> class Multiplication {
 public:
-    explicit Multiplication(const Product& p) : p_(p), pending_(p) {}
-    ~Multiplication() { pending_.store_all(); }
+    explicit Multiplication(const Product& p) : p_(p), are_streamed_(are_streamed<T, O, Multiply>(p)), pending_(p, are_streamed_) {}
+
+    ~Multiplication() {
+        pending_.store_all();
+#ifdef __AVX512F__
+        if (are_streamed_) _mm_sfence();
+#endif
+    }
 
     // One pair of panels times the rows [begin, end); then comes `next`, or none if it is negative.
     void panels_times(int64_t pair, int64_t begin, int64_t end, int64_t next) {
@@ -335,7 +363,7 @@ public:
         for (int64_t t = 0; t < tiles; t++) {
             int64_t row = begin + Multiply::first_row(t, end - begin), count = begin + Multiply::first_row(t + 1, end - begin) - row;
             O* to = (O*)p_.out + row * p_.out_stride;
-            Results results{(const char*)(to + panels.feature), p_.out_stride * int64_t(sizeof(O)), IS_STREAMED<T, O>};
+            Results results{(const char*)(to + panels.feature), p_.out_stride * int64_t(sizeof(O)), are_streamed_};
             float* sums = sums_[turn_ = 1 - turn_];
             multiply_({(const T*)p_.x + row * p_.x_stride, p_.x_stride, count, p_.k}, panels.first, panels.second, results, sums, [&] {
                 pending_.store(2);
@@ -361,6 +389,7 @@ private:
     }
 
     const Product& p_;
+    const bool are_streamed_;
     Multiply multiply_;
     Pending<T, O> pending_;
     Ahead ahead_;
@@ -374,21 +403,16 @@ template <class T, class O, class Multiply> void product(const Product& p, const
     int64_t most = BLOCK_BYTES / int64_t(p.k * sizeof(T)) / Multiply::MOST_ROWS * Multiply::MOST_ROWS;
     if (most == 0) most = Multiply::MOST_ROWS;
     int64_t blocks = (p.rows + most - 1) / most;
-    {
-        Multiplication<T, O, Multiply> multiplication(p);
-        // Pairs whose results share a line are one thread's: or else two cores would take it from each other row by row.
-        int64_t pair_bytes = (p.finish ? 1 : 2) * PANEL * int64_t(sizeof(O)), run = pair_bytes < 64 ? 64 / pair_bytes : 1;
-        int64_t total = blocks * pairs, next = team.take(run);
-        auto following = [&](int64_t i) { return (i + 1) % run ? i + 1 : team.take(run); };
-        for (int64_t i; (i = next) < total;) {
-            next = following(i);
-            int64_t begin = i / pairs * most, end = begin + most < p.rows ? begin + most : p.rows;
-            multiplication.panels_times(i % pairs, begin, end, next < total ? next % pairs : -1);
-        }
+    Multiplication<T, O, Multiply> multiplication(p);
+    // Pairs whose results share a line are one thread's: or else two cores would take it from each other row by row.
+    int64_t pair_bytes = (p.finish ? 1 : 2) * PANEL * int64_t(sizeof(O)), run = pair_bytes < 64 ? 64 / pair_bytes : 1;
+    int64_t total = blocks * pairs, next = team.take(run);
+    auto following = [&](int64_t i) { return (i + 1) % run ? i + 1 : team.take(run); };
+    for (int64_t i; (i = next) < total;) {
+        next = following(i);
+        int64_t begin = i / pairs * most, end = begin + most < p.rows ? begin + most : p.rows;
+        multiplication.panels_times(i % pairs, begin, end, next < total ? next % pairs : -1);
     }
-#ifdef __AVX512F__
-    if (IS_STREAMED<T, O>) _mm_sfence();
-#endif
 }
 
 template <class O> void product_of_bf16(const Product& p, const Team& team) {

@@ -155,13 +155,14 @@ float top_p_threshold(const float* x, int64_t size, float share) {
         total += sum(w);
     }
     if (!(total > 0)) return best;  // nothing is allowed, or the row is broken: the sampler says so
+    if (share >= 1) return -INFINITY;  // 1, or what was rounded to it
     double wanted = share * total;
     Reached range;
     bool found = false;
     for (float from = 1; !found && from > 1e-37f; from = range.high) found = range.narrow(mass.data(), size, wanted, from, 0.25f);
-    if (found)
-        for (int round = 0; round < 2; round++)
-            range.narrow(mass.data(), size, wanted, std::min(range.high, 1.0f), std::pow(range.low / std::min(range.high, 1.0f), 1.0f / CUTS));
+    if (!found) return -INFINITY;  // almost 1: rounded, the masses do not add up to it
+    for (int round = 0; round < 2; round++)
+        range.narrow(mass.data(), size, wanted, std::min(range.high, 1.0f), std::pow(range.low / std::min(range.high, 1.0f), 1.0f / CUTS));
     std::vector<Item> items;
     for (int64_t i = 0; i < size; i += LANES) {
         f32x16 m = load<float>(&mass[i]);

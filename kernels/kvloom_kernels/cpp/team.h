@@ -11,12 +11,19 @@ struct Team {
     // Begin of the next `count` items that nobody has begun.
     int64_t take(int64_t count) const { return taken->fetch_add(count, std::memory_order_relaxed); }
 
-    // Calls work(i) for each of n small equal items: some at a time, so that taking them costs little and nobody waits for long.
-    template <class Work> void each(int64_t n, const Work& work) const {
+    // Calls work(first, last) for pieces of n small equal items, which together are all: so large that taking one costs little, so small
+    // that nobody waits for long.
+    template <class Work> void each_some(int64_t n, const Work& work) const {
         constexpr int64_t PIECES = 8;  // a thread
         int64_t count = n / (PIECES * size) > 0 ? n / (PIECES * size) : 1;
-        for (int64_t first; (first = take(count)) < n;)
-            for (int64_t i = first; i < first + count && i < n; i++) work(i);
+        for (int64_t first; (first = take(count)) < n;) work(first, first + count < n ? first + count : n);
+    }
+
+    // Calls work(i) for each of n small equal items.
+    template <class Work> void each(int64_t n, const Work& work) const {
+        each_some(n, [&](int64_t first, int64_t last) {
+            for (int64_t i = first; i < last; i++) work(i);
+        });
     }
 };
 

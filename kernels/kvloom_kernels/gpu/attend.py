@@ -1,4 +1,4 @@
-"""The Triton kernels of paged attention: one for any mix of prompts, chunks and decodes, and one that joins its splits."""
+"""The Triton kernels of paged attention: one for any mix of prompts, chunks and decodes, one that joins its splits, two that write."""
 
 from __future__ import annotations
 
@@ -127,3 +127,61 @@ def write_kernel(new: tl.tensor, cache: tl.tensor, slots: tl.tensor, stride: tl.
     dims = tl.arange(0, DIM_PAD)
     place = ((slot // BLOCK_TOKENS) * kv_heads + head) * BLOCK_TOKENS + slot % BLOCK_TOKENS
     tl.store(cache + place * DIM + dims, tl.load(new + token * stride + head * DIM + dims, mask=dims < DIM), mask=dims < DIM)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _square_sum(x: tl.tensor) -> tl.tensor:
+    return tl.sum(x * x, 0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def norm_rope_write_kernel(q: tl.tensor, k: tl.tensor, v: tl.tensor, k_cache: tl.tensor, v_cache: tl.tensor, slots: tl.tensor,
+                           table: tl.tensor, positions: tl.tensor, q_norm: tl.tensor, k_norm: tl.tensor, q_stride: tl.tensor,
+                           k_stride: tl.tensor, v_stride: tl.tensor, heads: tl.tensor, kv_heads: tl.tensor, eps: tl.tensor,
+                           DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+                           NORMED: tl.constexpr, HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr, VALUE_PAD: tl.constexpr) -> None:
+    """One token's head of q or k: norm, rotation of the first 2 * HALF elements in pairs (i, i + HALF), in place; a head of k also goes
+    to its slot, with that of v. Grid ``(T, heads + kv_heads)``. In float32, rounded after the norm as if that were a step of its own.
+    Each thread reads what it writes, so that none overtakes another.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    is_key = head >= heads
+    at = q + token * q_stride + head * DIM
+    weight = q_norm
+    if is_key:
+        at = k + token * k_stride + (head - heads) * DIM
+        weight = k_norm
+    half = tl.arange(0, HALF_PAD)
+    in_half = half < HALF
+    rest = 2 * HALF + tl.arange(0, REST_PAD)
+    in_rest = rest < DIM
+    first = tl.load(at + half, mask=in_half, other=0.0).to(tl.float32)
+    second = tl.load(at + HALF + half, mask=in_half, other=0.0).to(tl.float32)
+    left = tl.load(at + rest, mask=in_rest, other=0.0).to(tl.float32)
+    kind = q.dtype.element_ty
+    if NORMED:
+        scale = tl.rsqrt((_square_sum(first) + _square_sum(second) + _square_sum(left)) / DIM + eps)
+        first = (first * scale).to(kind).to(tl.float32) * tl.load(weight + half, mask=in_half, other=0.0).to(tl.float32)
+        second = (second * scale).to(kind).to(tl.float32) * tl.load(weight + HALF + half, mask=in_half, other=0.0).to(tl.float32)
+        left = (left * scale).to(kind).to(tl.float32) * tl.load(weight + rest, mask=in_rest, other=0.0).to(tl.float32)
+        first = first.to(kind).to(tl.float32)
+        second = second.to(kind).to(tl.float32)
+    angle = table + tl.load(positions + token) * (2 * HALF)
+    cos = tl.load(angle + half, mask=in_half, other=0.0)
+    sin = tl.load(angle + HALF + half, mask=in_half, other=0.0)
+    turned_first = (first * cos - second * sin).to(kind)
+    turned_second = (second * cos + first * sin).to(kind)
+    tl.store(at + half, turned_first, mask=in_half)
+    tl.store(at + HALF + half, turned_second, mask=in_half)
+    tl.store(at + rest, left.to(kind), mask=in_rest)
+    if is_key:
+        slot = tl.load(slots + token)
+        place = ((slot // BLOCK_TOKENS) * kv_heads + head - heads) * BLOCK_TOKENS + slot % BLOCK_TOKENS
+        kept = k_cache + place * DIM
+        tl.store(kept + half, turned_first, mask=in_half)
+        tl.store(kept + HALF + half, turned_second, mask=in_half)
+        tl.store(kept + rest, left.to(kind), mask=in_rest)
+        dims = tl.arange(0, VALUE_PAD)
+        value = tl.load(v + token * v_stride + (head - heads) * VALUE_DIM + dims, mask=dims < VALUE_DIM)
+        tl.store(v_cache + place * VALUE_DIM + dims, value, mask=dims < VALUE_DIM)

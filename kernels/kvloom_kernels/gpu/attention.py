@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
 
 from kvloom_kernels.attention import Scores
-from kvloom_kernels.gpu.attend import attend_kernel, join_kernel, write_kernel
+from kvloom_kernels.gpu.attend import attend_kernel, join_kernel, norm_rope_write_kernel, write_kernel
 from kvloom_kernels.plan import refuse_recording
 
-KEYS = 32
-"""Keys a program takes at once. Not tuned: no GPU was at hand."""
+LEAST_SPLIT_TOKENS = 256
+"""Of context, for one program: less is not worth joining. Not tuned: no GPU was at hand."""
 MAX_SPLITS = 16
+
+
+class Tiles(NamedTuple):
+    """What one program takes at once: `lanes` query tokens times query heads of a kv head, `keys` of the context; by `warps`."""
+
+    lanes: int
+    keys: int
+    warps: int
 
 
 def padded(elements: int) -> int:
@@ -21,8 +31,19 @@ def padded(elements: int) -> int:
 
 
 def split_count(programs: int, max_context_tokens: int, wanted_programs: int = 256) -> int:
-    """Among how many programs a row's context is divided, so that few sequences still fill a GPU. At least 8 tiles of keys each."""
-    return max(1, min(MAX_SPLITS, wanted_programs // max(programs, 1), max_context_tokens // (8 * KEYS)))
+    """Among how many programs a row's context is divided, so that few sequences still fill a GPU."""
+    return max(1, min(MAX_SPLITS, wanted_programs // max(programs, 1), max_context_tokens // LEAST_SPLIT_TOKENS))
+
+
+def tiles(element_bytes: int, dim: int, max_query_tokens: int) -> Tiles:
+    """Keep everything in registers on sm_80 and sm_90 for heads of up to 256 elements, with 4 query heads a kv head: that is what
+    `scripts/compile_gpu_kernels` checks. Other groups were seen to spill 16 bytes at most, in float32, whose products need far more
+    registers; only tiles of more than 64 heads spill more. Which tiles are fastest is not known: no GPU was at hand.
+    """
+    decoding = max_query_tokens == 1
+    if element_bytes == 4:
+        return Tiles(16 if decoding else 32, 16, 4 if decoding else 8)
+    return Tiles(16, 32, 4) if decoding else Tiles(64, 32, 4 if padded(dim) <= 64 else 8)
 
 
 def paged_write(new: Tensor, cache: Tensor, slots: Tensor) -> None:
@@ -32,6 +53,29 @@ def paged_write(new: Tensor, cache: Tensor, slots: Tensor) -> None:
     if tokens:
         write_kernel[(tokens, heads)](new, cache, slots, new.stride(0), heads, DIM=dim, BLOCK_TOKENS=cache.shape[2],
                                       DIM_PAD=triton.next_power_of_2(dim))
+
+
+def norm_rope_write_gpu(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, table: Tensor,
+                        positions: Tensor, norms: tuple[Tensor, Tensor] | None, eps: float) -> None:
+    """Per-head norms and rotation, in place on q and k, and k and v to their slots, in one launch.
+
+    Args:
+        q, k, v: ``[T, heads, D]`` each, heads side by side, tokens at any stride.
+        slots: ``[T]`` int64.
+        table: ``[max_model_len, Dr]`` float32, contiguous, see `kvloom.layers.Rotation`.
+        positions: ``[T]`` int64.
+        norms: ``[D]`` weights for q and k, of their dtype; None: no norms.
+    """
+    refuse_recording("a Triton kernel")
+    tokens, heads, dim = q.shape
+    kv_heads, value_dim, half = k.shape[1], v.shape[2], table.shape[1] // 2
+    if tokens:
+        q_norm, k_norm = norms or (q, k)
+        norm_rope_write_kernel[(tokens, heads + kv_heads)](
+            q, k, v, k_cache, v_cache, slots, table, positions, q_norm, k_norm, q.stride(0), k.stride(0), v.stride(0), heads, kv_heads,
+            eps, DIM=dim, VALUE_DIM=value_dim, HALF=half, BLOCK_TOKENS=k_cache.shape[2], NORMED=norms is not None,
+            HALF_PAD=triton.next_power_of_2(half), REST_PAD=triton.next_power_of_2(max(1, dim - 2 * half)),
+            VALUE_PAD=triton.next_power_of_2(value_dim))
 
 
 def paged_attention_gpu(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, query_starts: Tensor, context_tokens: Tensor,
@@ -50,7 +94,8 @@ def paged_attention_gpu(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table
         return out
     group = heads // kv_heads
     group_pad = triton.next_power_of_2(group)
-    queries = max(1, (16 if max_query_tokens == 1 else 64) // group_pad)
+    tile = tiles(q.element_size(), max(dim, value_dim), max_query_tokens)
+    queries = max(1, tile.lanes // group_pad)
     parts = out if splits == 1 else torch.empty(splits, tokens, heads, value_dim, dtype=torch.float32, device=q.device)
     tops, sums = (torch.empty(splits, tokens, heads, dtype=torch.float32, device=q.device) for _ in range(2))
     grid = (context_tokens.shape[0], triton.cdiv(max_query_tokens, queries), kv_heads * splits)
@@ -58,7 +103,8 @@ def paged_attention_gpu(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table
         q, k_cache, v_cache, block_table, query_starts, context_tokens, parts, tops, sums, q.stride(0), block_table.stride(0),
         scores.scale, scores.soft_cap or 0.0, heads, kv_heads, tokens, splits, DIM=dim, VALUE_DIM=value_dim, GROUP=group,
         BLOCK_TOKENS=block_tokens, WINDOW=scores.window_tokens or 0, CAUSAL=scores.causal, CAPPED=scores.soft_cap is not None,
-        QUERIES=queries, GROUP_PAD=group_pad, KEYS=KEYS, DIM_PAD=padded(dim), VALUE_PAD=padded(value_dim), WIDE=q.device.type == "cpu")
+        QUERIES=queries, GROUP_PAD=group_pad, KEYS=tile.keys, DIM_PAD=padded(dim), VALUE_PAD=padded(value_dim),
+        WIDE=q.device.type == "cpu", num_warps=tile.warps)
     if splits > 1:
         join_kernel[(tokens * heads,)](parts, tops, sums, out, tokens * heads, splits, VALUE_DIM=value_dim, VALUE_PAD=padded(value_dim))
     return out

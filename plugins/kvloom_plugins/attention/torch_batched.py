@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from kvloom.interfaces import AttentionBatch, AttentionSpec, LayerCache
 from kvloom_kernels.attention import decode_mask, paged_attention_reference, paged_decode
 from kvloom_kernels.token_attention import token_attention_torch
+from kvloom_kernels.transfer import to_device
 from kvloom_plugins.attention.paged import PagedAttention, PagedMeta
 
 
@@ -56,7 +56,7 @@ class TorchAttention(PagedAttention):
             buckets.setdefault(int(batch.context_tokens_host[row]).bit_length(), []).append(row)
         found = []
         for members in buckets.values():
-            index = torch.tensor(members)
+            index = to_device(np.array(members), batch.context_tokens.device)
             columns = -(-int(batch.context_tokens_host[members].max()) // self.spec.block_tokens)
             mask = decode_mask(batch.context_tokens[index], columns, self.spec.block_tokens, self.scores)
             found.append(DecodeRows(batch.query_starts[index].long(), batch.block_table[index, :columns], mask))

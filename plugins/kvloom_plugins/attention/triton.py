@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from kvloom.interfaces import AttentionBatch, AttentionSpec, LayerCache
-from kvloom_kernels.gpu.attention import paged_attention_gpu, paged_write, split_count
-from kvloom_plugins.attention.paged import PagedAttention, heads_together
+from kvloom_kernels.gpu.attention import norm_rope_write_gpu, paged_attention_gpu, paged_write, split_count
+from kvloom_plugins.attention.paged import PagedAttention, are_together, heads_together
 
 
 @dataclass(slots=True)
@@ -52,3 +52,12 @@ class TritonAttention(PagedAttention):
         return paged_attention_gpu(heads_together(q), k_cache, v_cache, b.block_table, b.query_starts, b.context_tokens, self.scores,
                                    b.max_query_tokens, meta.splits, out)
 
+    def norm_rope_write(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, meta: Any, cos_sin: Tensor, positions: Tensor,
+                        q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> bool:
+        """See `AttentionBackend.norm_rope_write`."""
+        if not all(are_together(x) for x in (q, k, v)):
+            return False
+        norms = None if q_norm is None or k_norm is None else (q_norm, k_norm)
+        k_cache, v_cache = cache.tensors
+        norm_rope_write_gpu(q, k, v, k_cache, v_cache, meta.batch.slots, cos_sin, positions, norms, eps)
+        return True

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvloom.errors import RequestValidationError
 from kvloom.interfaces import Pooler
 from kvloom.params import PoolingParams
+from kvloom_kernels.transfer import to_device
 
 
 class Steps(NamedTuple):
     """``ends``: positions of the tag, all where there is none; ``rows``: of those so far, chunk by chunk."""
 
-    ends: Tensor
+    ends: np.ndarray[Any, np.dtype[np.int64]]
     rows: tuple[Tensor, ...]
 
 
@@ -27,8 +29,8 @@ class StepPooler(Pooler):
 
     def start(self, params: PoolingParams, token_ids: Sequence[int]) -> Steps:
         """See `Pooler.start`. Raises `RequestValidationError` for a prompt without the tag."""
-        ids, tag = torch.tensor(token_ids), params.step_tag_id
-        ends = torch.arange(len(ids)) if tag is None else (ids == tag).nonzero()[:, 0]
+        ids, tag = np.array(token_ids), params.step_tag_id
+        ends = np.arange(len(ids)) if tag is None else np.flatnonzero(ids == tag)
         if not len(ends):
             raise RequestValidationError(f"the prompt has no token {tag}, which ends a step (step_tag_id)", "step_tag_id", tag)
         return Steps(ends, ())
@@ -36,7 +38,7 @@ class StepPooler(Pooler):
     def update(self, state: Steps, hidden: Tensor, first_position: int) -> Steps:
         """See `Pooler.update`."""
         here = state.ends[(state.ends >= first_position) & (state.ends < first_position + len(hidden))]
-        return Steps(state.ends, (*state.rows, hidden[here.to(hidden.device) - first_position]))
+        return Steps(state.ends, (*state.rows, hidden[to_device(here - first_position, hidden.device)]))
 
     def finish(self, state: Steps) -> Tensor:
         """See `Pooler.finish`: ``[steps, H]``."""
