@@ -21,6 +21,8 @@ from kvloom_kernels.plan import Plan, recorded
 
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason=f"the C++ kernels are not there: {native.problem()}")
 CORES = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+HANGS_S = 60
+"""Nobody takes that long who does not wait for a thread that does not run: then it is minutes, else a second."""
 BUSY = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])}); print(flush=True)\nwhile True: pass"
 
 
@@ -105,7 +107,7 @@ def test_a_thread_that_never_gets_a_core_is_not_waited_for() -> None:
                 for t in helpers:
                     os.sched_setscheduler(t, os.SCHED_OTHER, os.sched_param(0))
                     os.sched_setaffinity(t, before[t])
-    assert took_s < 2.5, "5000 kernels waited for a thread that another process kept from running"  # waiting for each takes minutes
+    assert took_s < HANGS_S, "5000 kernels waited for a thread that another process kept from running"
 
 
 def test_a_fork_has_threads_of_its_own() -> None:
