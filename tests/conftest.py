@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ctypes.util
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 # Tiny models: a second thread costs more than it gives, and on a busy machine very much more. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,13 +17,12 @@ if ctypes.util.find_library("cuda") is None:
 
 import pytest
 from hypothesis import settings
+from repository import ROOT
 
 # No time limits: CI machines are busy. The same examples every time; `--hypothesis-profile=explore` looks for new ones.
 settings.register_profile("repeat", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None, max_examples=2000)
 settings.load_profile("repeat")
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -59,14 +56,6 @@ def truth(checkpoint: Path):
     from api_helpers import Truth
 
     return Truth(checkpoint)
-
-
-def load_script(name: str) -> ModuleType:
-    """A module of ``scripts/``, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 Install = Callable[..., None]

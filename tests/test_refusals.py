@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from repository import ROOT
 
 
 @pytest.mark.parametrize("option", [[], ["-O"]], ids=["with-asserts", "without-asserts"])

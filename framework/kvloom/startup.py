@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvloom.config import EngineConfig
 from kvloom.config.class_path import make_instance
 from kvloom.config.other_values import instead
 from kvloom.config.pooling import PoolingPlan
-from kvloom.core import Engine, Scheduler
+from kvloom.core import Engine, Scheduler, StepObserver
 from kvloom.errors import ConfigError, ManifestMismatchError, NotRegisteredError, RequestValidationError, shown
 from kvloom.hooks.loader import PluginSet, load_plugins
-from kvloom.interfaces import Executor, SchedulingPolicy, Worker
+from kvloom.interfaces import Executor, SchedulingPolicy, Tokenizer, Worker, WorkerFactory, WorkerReport
 from kvloom.logs import get_logger
 from kvloom.pooling_rules import PoolingRules
 from kvloom.request_rules import EndTokens, RequestRules
@@ -20,10 +20,13 @@ from kvloom.runtime.host_memory import host_memory
 from kvloom.start_report import PhaseTimer, StartReport
 from kvloom.stats_log import StatsLog
 from kvloom.text.chat import read_template
-from kvloom.text.grammar_gate import find_grammar, open_gate
+from kvloom.text.grammar_gate import GrammarGate, find_grammar, open_gate
 from kvloom.text.templates import TemplateRenderer
 from kvloom.text.tokenizer import import_tokenizer, open_tokenizer
 from kvloom.torch_import import import_torch
+
+if TYPE_CHECKING:
+    from kvloom.runtime.builder import ModelSource
 
 
 def load_config_plugins(config: EngineConfig) -> PluginSet:
@@ -52,12 +55,7 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
     with timer.phase("model files"):
         source = builder.open_source(config, plugins)
     with timer.phase("tokenizer"):
-        tokenizer = None if tokenizer_class is None else open_tokenizer(config, source.directory, tokenizer_class)
-        _check_chat_template(config.model.chat_template)
-        find_grammar(config.features.guided_decoding_backend, plugins)
-        grammars = None
-        if tokenizer is not None:
-            grammars = open_gate(config, plugins, tokenizer, source.config.vocab_size, source.end_token_ids)
+        tokenizer, grammars = _open_text(config, plugins, source, tokenizer_class)
     policy = _policy(config, plugins)
     pipeline = logits.LogitsPipeline(logits.make_processors(plugins.registries["logits_processors"],
                                                             config.features.logits_processors or ()))
@@ -70,18 +68,15 @@ def start_engine(config: EngineConfig, timer: PhaseTimer) -> RunningEngine:
 
     try:
         with timer.phase("worker") as parts:
-            report = executor.start(make_worker, 1)[0]
+            report = _start_worker(executor, make_worker, plugins)
             parts += report.timings_s
-        if report.manifest_hash != plugins.manifest.hash:
-            raise ManifestMismatchError(f"worker {report.rank} resolved other plugins than the engine; use one installation for both")
         with timer.phase("KV cache"):
             executor.allocate(report.num_blocks)
         with timer.phase("scheduler"):
             plan = executor.call(worker.worker_plan)[0]
             limits = config.limits(source.max_model_len, chunkable=executor.call(_chunkable)[0])
-            observers = [observe for _, observe in plugins.observers["kvloom_step_finished"]]
-            observers += [] if config.features.disable_log_stats else [StatsLog()]
-            engine = Engine(Scheduler(limits, report.groups, report.num_blocks, policy, report.host_tier), executor, observers)
+            scheduler = Scheduler(limits, report.groups, report.num_blocks, policy, report.host_tier)
+            engine = Engine(scheduler, executor, _observers(config, plugins))
             rules = RequestRules(
                 config.model.seed, str(source.directory), source.config.vocab_size, source.max_model_len, config.features.max_logprobs,
                 limits.cached, EndTokens.of(source.end_token_ids, tokenizer), tokenizer, pipeline, executor.call(_extra_inputs)[0],
@@ -106,6 +101,30 @@ def _log_notes(config: EngineConfig) -> None:
         warning = config.cache.swap_space_note(host_memory().total_bytes)
         if warning is not None:
             get_logger().warning("configuration", note=warning)
+
+
+def _open_text(config: EngineConfig, plugins: PluginSet, source: ModelSource,
+               tokenizer_class: type[Tokenizer] | None) -> tuple[Tokenizer | None, GrammarGate | None]:
+    """The tokenizer and what makes grammars; what is wrong about grammars and templates is said without a tokenizer, too."""
+    tokenizer = None if tokenizer_class is None else open_tokenizer(config, source.directory, tokenizer_class)
+    _check_chat_template(config.model.chat_template)
+    find_grammar(config.features.guided_decoding_backend, plugins)
+    if tokenizer is None:
+        return None, None
+    return tokenizer, open_gate(config, plugins, tokenizer, source.config.vocab_size, source.end_token_ids)
+
+
+def _start_worker(executor: Executor, make_worker: WorkerFactory, plugins: PluginSet) -> WorkerReport:
+    """Of its only rank. Raises `ManifestMismatchError` when that found other plugins."""
+    report = executor.start(make_worker, 1)[0]
+    if report.manifest_hash != plugins.manifest.hash:
+        raise ManifestMismatchError(f"worker {report.rank} resolved other plugins than the engine; use one installation for both")
+    return report
+
+
+def _observers(config: EngineConfig, plugins: PluginSet) -> list[StepObserver]:
+    found = [observe for _, observe in plugins.observers["kvloom_step_finished"]]
+    return found if config.features.disable_log_stats else [*found, StatsLog()]
 
 
 def _check_chat_template(given: str | None) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
 from parameter_helpers import engine, run, scores
+from repository import ROOT
 
 from kvloom.errors import ModelError, UnsupportedArchitectureError, UnsupportedFeatureError
 from kvloom.testing.checkpoints import BOS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from conftest import ROOT
+from repository import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 corpus, evaluate, facts, objects, stories, story_tables, chat = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 import pytest
-from conftest import ROOT, load_script
+from repository import ROOT, load_script
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import ROOT, load_script
+from repository import ROOT, load_script
 
 import kvloom
 import kvloom.cli

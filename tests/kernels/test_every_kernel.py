@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import ROOT
+from repository import ROOT
 
 from kvloom_kernels.native import SOURCES, library, problem
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pooling_helpers import close, engine, hidden_of, make, make_cross_encoder, make_embedder, prompts_of, unit
+from pooling_helpers import close, engine, hidden_of, make, prompts_of, unit
 
 from kvloom import PoolerConfig, SamplingParams
 from kvloom.config import EngineConfig
@@ -14,25 +14,6 @@ from kvloom.errors import ConfigError, RequestValidationError, UnsupportedFeatur
 
 PROMPTS = prompts_of(8)
 QUIET = {"use_tqdm": False}
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("embed")
-
-
-@pytest.fixture(scope="module")
-def model(directory: Path) -> torch.nn.Module:
-    return make_embedder(directory)
-
-
-@pytest.fixture(scope="module")
-def cross(tmp_path_factory: pytest.TempPathFactory):
-    """A cross-encoder: directory, transformers' model, engine."""
-    where = tmp_path_factory.mktemp("cross")
-    theirs = make_cross_encoder(where)
-    with engine(where, task="score", skip_tokenizer_init=False) as made:
-        yield where, theirs, made
 
 
 def test_task__says_what_an_engine_is_for(directory: Path, model: torch.nn.Module) -> None:

@@ -14,8 +14,6 @@ from pooling_helpers import (
     free_blocks,
     hidden_of,
     make,
-    make_cross_encoder,
-    make_embedder,
     prompts_of,
     unit,
     vectors,
@@ -31,28 +29,9 @@ QUIET = {"use_tqdm": False}
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("embed")
-
-
-@pytest.fixture(scope="module")
-def model(directory: Path) -> torch.nn.Module:
-    return make_embedder(directory)
-
-
-@pytest.fixture(scope="module")
 def llm(directory: Path, model: torch.nn.Module):
     with engine(directory, task="embed", skip_tokenizer_init=False) as made:
         yield made
-
-
-@pytest.fixture(scope="module")
-def cross(tmp_path_factory: pytest.TempPathFactory):
-    """A cross-encoder: directory, transformers' model, engine."""
-    where = tmp_path_factory.mktemp("cross")
-    theirs = make_cross_encoder(where)
-    with engine(where, task="score", skip_tokenizer_init=False) as made:
-        yield where, theirs, made
 
 
 def embedding(model: torch.nn.Module, prompt: list[int]) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from repository import ROOT
 from script_helpers import imported_script
 
 from kvloom import LLM

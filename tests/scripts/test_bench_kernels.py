@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import ROOT
+from repository import ROOT
 from script_helpers import imported_script
 
 from kvloom_kernels.native import problem

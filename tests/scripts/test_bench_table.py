@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from repository import ROOT
 
 LIMITS = {"machine": "a machine", "limits": {"read_bytes_s": 1e9, "flop_s": 1e12}}
 SHAPE = {"weight_bytes": 1e8, "kv_bytes": 1000, "layer_flop": 1e8, "logits_flop": 1e7}

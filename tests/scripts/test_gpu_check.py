@@ -17,9 +17,9 @@ import gpu_pack
 import gpu_parts
 import gpu_table
 import pytest
-from conftest import ROOT
 from gpu_parts import Done, Step
 from gpu_table import Section
+from repository import ROOT
 
 SCRIPTS = ROOT / "scripts"
 TABLE = Section("A", ("x", "y"), (("1", "2|3"),), ("So.",))
