@@ -96,13 +96,14 @@ def threads(request) -> Iterator[int]:
 def assert_same_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> None:
     before = logits.clone()
     expected = token_logprobs_reference(logits, token_ids, k)
-    for got in (token_logprobs(logits, token_ids, k), token_logprobs_torch(logits, token_ids, k)):  # the second is that of GPUs
+    # The second is that of GPUs; torch sums up in float32, on a CPU without AVX-512 in few lanes.
+    for got, tolerance in ((token_logprobs(logits, token_ids, k), 1e-5), (token_logprobs_torch(logits, token_ids, k), 3e-5)):
         assert torch.equal(logits.nan_to_num(7.0), before.nan_to_num(7.0))
         for mine, theirs in zip(got, expected, strict=True):
             assert mine.shape == theirs.shape == (len(logits), 1 + k)
             assert mine.dtype is theirs.dtype
         sound = torch.isfinite(logits.float().amax(-1))  # not so with NaN, infinity, or nothing but minus infinity
-        torch.testing.assert_close(got.logprobs, expected.logprobs, rtol=1e-6, atol=1e-5, equal_nan=True)
+        torch.testing.assert_close(got.logprobs, expected.logprobs, rtol=1e-6, atol=tolerance, equal_nan=True)
         assert torch.isnan(got.logprobs[~sound]).all()
         assert torch.equal(got.token_ids[sound], expected.token_ids[sound])
         assert torch.equal(got.ranks[sound], expected.ranks[sound])

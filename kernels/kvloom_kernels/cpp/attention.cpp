@@ -32,7 +32,7 @@ inline int64_t last_seen(const Attend& s, int64_t position, int64_t context) {
     return s.window && position + s.window < context ? position + s.window : context;
 }
 
-// Reads an item's blocks, 16 keys at a time.
+// Reads an item's blocks, LANES keys at a time.
 template <class T, class Round> struct Cache {
     static constexpr int64_t SIDE = Pairs<T>::SIDE, ROUND = Round::GROUPS_AT_ONCE * LANES;
     const Attend& s;
@@ -52,7 +52,7 @@ template <class T, class Round> struct Cache {
     const T* keys(int64_t block) const { return (const T*)s.k_cache + (table[block] * s.kv_heads + kv_head) * key_elements; }
     const T* values(int64_t block) const { return (const T*)s.v_cache + (table[block] * s.kv_heads + kv_head) * value_elements; }
 
-    // The group at `position`, a multiple of 16, of which [from, to) is read; the `place`-th of its round. Keys before `end` follow.
+    // The group at `position`, a multiple of LANES, of which [from, to) is read; the `place`-th of its round. Keys before `end` follow.
     Keys<T> group(int64_t position, int from, int to, int place, int64_t end) {
         if (!is_whole) return copied(position, from, to, copies.data() + place * group_elements);
         // The table jumps about: the hardware cannot guess what is read next.
@@ -149,10 +149,7 @@ template <class T> void read_queries(const Attend& s, const Item& item, int64_t 
         w.last[m] = last_seen(s, position, context);
         const T* from = (const T*)s.q + (start + token) * s.q_stride + head * s.dim;
         auto* to = w.q.data() + m * w.q_steps;
-        if (s.dim % Pairs<T>::SIDE == 0)
-            std::memcpy(to, from, s.dim * sizeof(T));
-        else
-            for (int64_t i = 0; i < w.q_steps; i++) to[i] = Pairs<T>::get(from, i, s.dim);
+        Pairs<T>::get_all(from, s.dim, to);
     });
 }
 

@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int GROUPS = 4;  // 16 keys each, in one round
+constexpr int GROUPS = 64 / LANES;  // LANES keys each, in one round
 constexpr float NONE = -INFINITY;
 
 struct Attend {
@@ -23,7 +23,7 @@ struct Attend {
 inline int64_t whole(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 inline int64_t row_width(const Attend& s) { return whole(s.value_dim, LANES); }
 
-// 16 keys and their values, and which of them any row of the item sees.
+// LANES keys and their values, and which of them any row of the item sees.
 template <class T> struct Keys {
     const T *keys, *values;
     int64_t stride;  // elements from one step of `keys` to the next
@@ -43,107 +43,129 @@ template <class T> struct Keys {
 template <class T> struct Rows {
     int count, heads;  // heads that the rows are of, each the same number
     int64_t q_steps;
-    std::vector<typename Pairs<T>::Scalar> q;  // [rows][steps]
+    std::vector<typename Pairs<T>::Factor> q;  // [rows][steps]
     std::vector<int64_t> first, last;
     std::vector<float> best, total, out;
     std::vector<float> all_best, all_total, all_out;
 };
 
-template <class T, int R> inline void scores_of(const Rows<T>& w, int m, const Keys<T>& k, f32x16* scores) {
-    f32x16 even[R] = {}, odd[R] = {};  // two sums a row hide the latency of few rows
-    const auto* q = w.q.data() + m * w.q_steps;
-    int64_t i = 0;
-    const T* next = m == 0 ? k.next_keys : nullptr;
-    for (; i + 1 < w.q_steps; i += 2) {
-        if (next) {
-            __builtin_prefetch(next + i * k.stride);
-            __builtin_prefetch(next + (i + 1) * k.stride);
-        }
-        for (int r = 0; r < R; r++) {
-            Pairs<T>::multiply(even[r], q[r * w.q_steps + i], k.keys + i * k.stride);
-            Pairs<T>::multiply(odd[r], q[r * w.q_steps + i + 1], k.keys + (i + 1) * k.stride);
-        }
-    }
-    if (i < w.q_steps)
-        for (int r = 0; r < R; r++) Pairs<T>::multiply(even[r], q[r * w.q_steps + i], k.keys + i * k.stride);
-    for (int r = 0; r < R; r++) scores[r] = even[r] + odd[r];
+// sums[r][n] += the factor of row r times what was read for n. Row by row: what was read stays in registers, a factor is needed once.
+template <class T, int R, int N>
+inline void multiply_all(floats (&sums)[R][N], const typename Pairs<T>::Factor* factors, int64_t row_factors, const typename Pairs<T>::Read (&read)[N]) {
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < N; n++) Pairs<T>::multiply(sums[r][n], factors[r * row_factors], read[n]);
 }
 
-// Weights of 16 keys as values take them, and what they are then.
-inline f32x16 as_factors(f32x16 p, float* out) {
-    store<float>(out, p);
+// Scores of R rows against each key of G groups, the first of which is the `place`-th of its round.
+template <class T, int R, int G>
+inline void scores_of(const Rows<T>& w, int m, const Keys<T>* groups, int place, bool fetches, float (*scores)[GROUPS * LANES]) {
+    constexpr int TURNS = R * G < 8 ? 2 : 1;  // sums of a score, to hide the latency of few
+    floats sums[TURNS][R][G] = {};
+    const auto* q = w.q.data() + m * w.q_steps;
+    auto add = [&](int turn, int64_t i) {
+        typename Pairs<T>::Read keys[G];
+        for (int g = 0; g < G; g++) {
+            if (fetches) __builtin_prefetch(groups[g].next_keys + i * groups[g].stride);
+            keys[g] = Pairs<T>::read(groups[g].keys + i * groups[g].stride);
+        }
+        multiply_all<T, R, G>(sums[turn], q + i, w.q_steps, keys);
+    };
+    int64_t i = 0;
+    for (; i + TURNS <= w.q_steps; i += TURNS)
+        for (int turn = 0; turn < TURNS; turn++) add(turn, i + turn);
+    if (i < w.q_steps) add(0, i);
+    for (int r = 0; r < R; r++)
+        for (int g = 0; g < G; g++) store<float>(scores[r] + (place + g) * LANES, TURNS == 1 ? sums[0][r][g] : sums[0][r][g] + sums[TURNS - 1][r][g]);
+}
+
+// Weights of LANES keys as values take them, and what they are then.
+inline floats as_factors(floats p, void* out) {
+    store<float>((float*)out, p);
     return p;
 }
-inline f32x16 as_factors(f32x16 p, uint32_t* out) {
-    u16x16 bits = narrow(p);
+#ifdef __AVX512BF16__
+inline floats as_factors(floats p, uint32_t* out) {
+    halves bits = narrow(p);
     std::memcpy(out, &bits, sizeof bits);
     return widen(bits);
+}
+#endif
+
+// `count` columns of the values of a step; of a pair of keys only one if `only` says which.
+template <class T> inline typename Pairs<T>::Read some_values(const T* values, int count, int only) {
+    constexpr int SIDE = Pairs<T>::SIDE;
+    alignas(64) T v[LANES * SIDE] = {};
+    for (int i = 0; i < count; i++)
+        for (int side = 0; side < SIDE; side++)
+            if (only < 0 || only == side) v[i * SIDE + side] = values[i * SIDE + side];
+    return Pairs<T>::read(v);
 }
 
 // out[column...] += factors times values, over one group; C vectors of the result at a time.
 template <class T, int R, int C>
-inline void add_values(const Attend& s, const typename Pairs<T>::Scalar (*factors)[GROUPS][LANES / Pairs<T>::SIDE], int g,
+inline void add_values(const Attend& s, const typename Pairs<T>::Factor (*factors)[GROUPS][LANES / Pairs<T>::SIDE], int g,
                        const Keys<T>& k, float* out, int64_t column, bool fetches) {
-    constexpr int SIDE = Pairs<T>::SIDE;
+    constexpr int SIDE = Pairs<T>::SIDE, ROW_FACTORS = GROUPS * LANES / SIDE;
     int64_t width = row_width(s);
-    f32x16 sums[R][C];
+    bool is_narrow = C == 1 && s.value_dim - column < LANES;
+    floats sums[R][C];
+    typename Pairs<T>::Read read[C];
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) sums[r][c] = load<float>(out + r * width + column + c * LANES);
-    for (int j = k.from / SIDE; j * SIDE < k.to; j++) {
-        bool is_cut = j * SIDE < k.from || (j + 1) * SIDE > k.to;  // half of the pair is nobody's
-        for (int c = 0; c < C; c++) {
-            int64_t at = column + c * LANES;
-            alignas(64) T v[LANES * SIDE] = {};
-            const T* values = k.values + (j * s.value_dim + at) * SIDE;
-            if (fetches) __builtin_prefetch(k.next_values + (j * s.value_dim + at) * SIDE);
-            int count = s.value_dim - at < LANES ? int(s.value_dim - at) : LANES;
-            if (is_cut || count < LANES) {
-                int keep = j * SIDE < k.from ? 1 : 0;
-                for (int i = 0; i < count; i++)
-                    if (is_cut)
-                        v[i * SIDE + keep] = values[i * SIDE + keep];
-                    else
-                        std::memcpy(v + i * SIDE, values + i * SIDE, SIDE * sizeof(T));
-                values = v;
-            }
-            for (int r = 0; r < R; r++) Pairs<T>::multiply(sums[r][c], factors[r][g][j], values);
+    auto at = [&](const T* values, int j, int c) { return values + (j * s.value_dim + column + c * LANES) * SIDE; };
+    auto add_some = [&](int j, int only) {
+        for (int c = 0; c < C; c++) read[c] = some_values(at(k.values, j, c), is_narrow ? int(s.value_dim - column) : LANES, only);
+        multiply_all<T, R, C>(sums, &factors[0][g][j], ROW_FACTORS, read);
+    };
+    int j = k.from / SIDE, end = k.to / SIDE;
+    if (j * SIDE < k.from) add_some(j++, 1);  // the other key of the pair is nobody's
+    for (; j < end; j++) {
+        if (is_narrow) {
+            add_some(j, -1);
+            continue;
         }
+        for (int c = 0; c < C; c++) {
+            if (fetches) __builtin_prefetch(at(k.next_values, j, c));
+            read[c] = Pairs<T>::read(at(k.values, j, c));
+        }
+        multiply_all<T, R, C>(sums, &factors[0][g][j], ROW_FACTORS, read);
     }
+    if (j * SIDE < k.to) add_some(j, 0);
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) store<float>(out + r * width + column + c * LANES, sums[r][c]);
 }
 
-// e^(p - best): how much the values of 16 keys count; exactly 0 where p is NONE.
-template <class T> inline f32x16 shares(f32x16 p, float best) { return p > NONE ? exponential(p - best) : f32x16{}; }
+// e^(p - best): how much the values of LANES keys count; exactly 0 where p is NONE.
+template <class T> inline floats shares(floats p, float best) { return p > NONE ? exponential(p - best) : floats{}; }
 #ifdef __AVX512F__
 // What is rounded to bfloat16 needs no more than a relative error of 3e-6.
-template <> inline f32x16 shares<bf16>(f32x16 p, float best) {
+template <> inline floats shares<bf16>(floats p, float best) {
     constexpr float LOG2_E = 1.44269504f, LEAST = -125.0f;  // no denormal numbers, which take a hundred times as long
     __m512 x = (__m512)((p - best) * LOG2_E);
     x = _mm512_max_ps((__m512)splat(LEAST), x);  // no number stays none
     __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    f32x16 r = (f32x16)_mm512_sub_ps(x, n), y = splat(9.58285e-3f);
+    floats r = (floats)_mm512_sub_ps(x, n), y = splat(9.58285e-3f);
     y = y * r + 5.590643e-2f;
     y = y * r + 2.4024099e-1f;
     y = y * r + 6.9312419e-1f;
     y = y * r + 1.0f;
     __mmask16 seen = _mm512_cmp_ps_mask((__m512)p, (__m512)splat(NONE), _CMP_NEQ_UQ);
-    return (f32x16)_mm512_maskz_scalef_ps(seen, (__m512)y, n);
+    return (floats)_mm512_maskz_scalef_ps(seen, (__m512)y, n);
 }
 #endif
 
-inline void cap(f32x16& x, float soft_cap) {
+inline void cap(floats& x, float soft_cap) {
     for (int j = 0; j < LANES; j++) x[j] = soft_cap * std::tanh(x[j] / soft_cap);
 }
 
 // Scores of one row against a round's keys -> the factors of their values, and the row's sums made ready for them.
 template <class T>
 inline void softmax_round(const Attend& s, Rows<T>& w, int m, float* scores, const Keys<T>* groups, int count, const int64_t* positions,
-                          typename Pairs<T>::Scalar* factors) {
-    const f32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    f32x16 most = splat(NONE);
+                          typename Pairs<T>::Factor* factors) {
+    const floats lane = counted();
+    floats most = splat(NONE);
     for (int g = 0; g < count; g++) {
-        f32x16 p = load<float>(scores + g * LANES) * s.scale;
+        floats p = load<float>(scores + g * LANES) * s.scale;
         if (s.soft_cap > 0) cap(p, s.soft_cap);
         float from = float(w.first[m] - positions[g]), to = float(w.last[m] - positions[g]);
         to = to < float(groups[g].to) ? to : float(groups[g].to);
@@ -153,9 +175,9 @@ inline void softmax_round(const Attend& s, Rows<T>& w, int m, float* scores, con
     }
     float before = w.best[m], best = largest(most);
     best = best > before ? best : before;
-    f32x16 total = {};
+    floats total = {};
     for (int g = 0; g < count; g++) {
-        f32x16 p = load<float>(scores + g * LANES);
+        floats p = load<float>(scores + g * LANES);
         total += as_factors(shares<T>(p, best), factors + g * (LANES / Pairs<T>::SIDE));
     }
     if (best > before && before != NONE) {
@@ -171,19 +193,19 @@ inline void softmax_round(const Attend& s, Rows<T>& w, int m, float* scores, con
 // Rows [m, m + R) of an item against the groups of one round, which begin at `positions`.
 template <class T, int R>
 void one_round(const Attend& s, Rows<T>& w, int m, const Keys<T>* groups, int count, const int64_t* positions) {
-    f32x16 p[GROUPS][R];
-    for (int g = 0; g < count; g++) scores_of<T, R>(w, m, groups[g], p[g]);
-    typename Pairs<T>::Scalar factors[R][GROUPS][LANES / Pairs<T>::SIDE];
-    for (int r = 0; r < R; r++) {
-        alignas(64) float scores[GROUPS * LANES];
-        for (int g = 0; g < count; g++) store<float>(scores + g * LANES, p[g][r]);
-        softmax_round<T>(s, w, m + r, scores, groups, count, positions, factors[r][0]);
-    }
+    alignas(64) float scores[R][GROUPS * LANES];
+    auto fetches = [&](int g) { return m == 0 && groups[g].next_keys; };
+    int g = 0;
+    for (; g + 2 <= count; g += 2) scores_of<T, R, 2>(w, m, groups + g, g, fetches(g) && fetches(g + 1), scores);
+    if (g < count) scores_of<T, R, 1>(w, m, groups + g, g, fetches(g), scores);
+    typename Pairs<T>::Factor factors[R][GROUPS][LANES / Pairs<T>::SIDE];
+    for (int r = 0; r < R; r++) softmax_round<T>(s, w, m + r, scores[r], groups, count, positions, factors[r][0]);
+    constexpr int C = LANES == 16 || R == 1 ? 4 : 2;  // as many sums as there are registers for
     float* out = w.out.data() + m * row_width(s);
-    for (int g = 0; g < count; g++) {
+    for (g = 0; g < count; g++) {
         int64_t column = 0;
         bool fetches = m == 0 && groups[g].next_values;
-        for (; column + 4 * LANES <= s.value_dim; column += 4 * LANES) add_values<T, R, 4>(s, factors, g, groups[g], out, column, fetches);
+        for (; column + C * LANES <= s.value_dim; column += C * LANES) add_values<T, R, C>(s, factors, g, groups[g], out, column, fetches);
         for (; column < s.value_dim; column += LANES) add_values<T, R, 1>(s, factors, g, groups[g], out, column, fetches);
     }
 }

@@ -8,9 +8,9 @@ namespace {
 
 // x / sqrt(mean(x^2) + eps) * weight over n elements; the quotient is rounded to T before it is multiplied, as models were trained.
 template <class T> inline void normalise(const T* x, const T* weight, T* out, int64_t n, float eps) {
-    f32x16 squares = {};
+    floats squares = {};
     for (int64_t i = 0; i < n; i += LANES) {
-        f32x16 v = load_n<T>(x + i, int(n - i));
+        floats v = load_n<T>(x + i, int(n - i));
         squares += v * v;
     }
     float factor = 1.0f / std::sqrt(sum(squares) / float(n) + eps);
@@ -62,8 +62,8 @@ template <class T> void gated_mul(const Gated& g, const Team& team) {
 template <class T> inline void rotate(T* head, const float* cosines, const float* sines, int64_t half) {
     for (int64_t i = 0; i < half; i += LANES) {
         int left = int(half - i);
-        f32x16 a = load_n<T>(head + i, left), b = load_n<T>(head + half + i, left);
-        f32x16 c = load_n<float>(cosines + i, left), s = load_n<float>(sines + i, left);
+        floats a = load_n<T>(head + i, left), b = load_n<T>(head + half + i, left);
+        floats c = load_n<float>(cosines + i, left), s = load_n<float>(sines + i, left);
         store_n<T>(head + i, a * c - b * s, left);
         store_n<T>(head + half + i, b * c + a * s, left);
     }

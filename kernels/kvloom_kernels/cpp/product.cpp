@@ -11,112 +11,101 @@
 #include "common.h"
 #include "team.h"
 #include "tiles.h"
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace {
 
-#ifdef __AVX512F__
-constexpr int PANEL = 16, TILE_ROWS = 12;  // 12 x 2 accumulators, 2 of the weight and 1 of x in 32 registers
-typedef f32x16 vec;
-typedef u32x16 uvec;
-#else
-constexpr int PANEL = 8, TILE_ROWS = 6;  // 6 x 2 accumulators, 2 of the weight and 1 of x in 16 registers of AVX2
-typedef float vec __attribute__((vector_size(32)));
-typedef uint32_t uvec __attribute__((vector_size(32)));
-#endif
+constexpr int PANEL = LANES;
 constexpr int STREAMED_ROWS = 4;    // up to here the weight is read faster than it is multiplied: fetch it in advance
 constexpr int AHEAD_BYTES = 2048;
 constexpr int64_t BLOCK_BYTES = 512 * 1024;  // of rows that are multiplied with all panels before the next ones
 constexpr int64_t STREAMED_BYTES = 8 * 1024 * 1024;
-
-template <class V, class P> inline V read(const P* p) {
-    V out;
-    std::memcpy(&out, p, sizeof out);
-    return out;
-}
-inline vec as_float(uvec bits) { return read<vec>(&bits); }
 
 // Elements of K that lie side by side, and steps of such.
 template <class T> constexpr int SIDE = sizeof(T) == 2 ? 2 : 1;
 template <class T> inline int64_t steps(int64_t k) { return (k + SIDE<T> - 1) / SIDE<T>; }
 template <class T> inline int64_t panel_elements(int64_t k) { return steps<T>(k) * SIDE<T> * PANEL; }
 
-template <int R> inline void put(float* out, const vec* low, const vec* high) {
+template <int R> inline void put(float* out, const floats* low, const floats* high) {
     for (int r = 0; r < R; r++) {
-        std::memcpy(out + 2 * r * PANEL, &low[r], sizeof low[r]);
-        std::memcpy(out + (2 * r + 1) * PANEL, &high[r], sizeof high[r]);
+        store<float>(out + 2 * r * PANEL, low[r]);
+        store<float>(out + (2 * r + 1) * PANEL, high[r]);
     }
 }
 
 inline void fetch(const void* from) { __builtin_prefetch((const char*)from + AHEAD_BYTES); }
 
-template <int R> inline void tile_of(const float* x, int64_t x_stride, int64_t k, const float* first, const float* second, float* out) {
-    vec low[R] = {}, high[R] = {};
-    for (int64_t i = 0; i < k; i++) {
-        if (R <= STREAMED_ROWS) {
-            fetch(first + i * PANEL);
-            fetch(second + i * PANEL);
-        }
-        vec a = read<vec>(first + i * PANEL), b = read<vec>(second + i * PANEL);
-        for (int r = 0; r < R; r++) {
-            low[r] += x[r * x_stride + i] * a;
-            high[r] += x[r * x_stride + i] * b;
-        }
-    }
-    put<R>(out, low, high);
-}
+#ifdef __AVX512BF16__
+typedef bf16 Multiplied;  // what rows of bfloat16 are when they are multiplied
+#else
+typedef float Multiplied;
+#endif
 
-// Two neighbours in K of a row of x; the one beyond K is 0.
-inline uint32_t pair(const bf16* x, int64_t step, int64_t k) {
-    if (2 * step + 1 < k) return read<uint32_t>(x + 2 * step);
-    return x[2 * step].bits;
+// Two panels' elements of the step at `first` and `second`, multiplied with those of R rows of x.
+template <int R> inline void multiply(floats* low, floats* high, const float* x, int64_t x_stride, bool, const float* first, const float* second) {
+    floats a = load<float>(first), b = load<float>(second);
+    for (int r = 0; r < R; r++) {
+        low[r] += x[r * x_stride] * a;
+        high[r] += x[r * x_stride] * b;
+    }
 }
 
 #ifdef __AVX512BF16__
-template <int R> inline void multiply(vec* low, vec* high, const bf16* x, int64_t x_stride, int64_t step, int64_t k, bool is_last,
-                                      const bf16* first, const bf16* second) {
+// Two neighbours in K of a row of x; the one beyond K is 0.
+inline uint32_t pair(const bf16* x, bool is_half) {
+    if (is_half) return x->bits;
+    uint32_t out;
+    std::memcpy(&out, x, sizeof out);
+    return out;
+}
+
+template <int R> inline void multiply(floats* low, floats* high, const bf16* x, int64_t x_stride, bool is_half, const bf16* first, const bf16* second) {
     __m512bh a = (__m512bh)_mm512_loadu_si512(first), b = (__m512bh)_mm512_loadu_si512(second);
     for (int r = 0; r < R; r++) {
-        uint32_t bits = is_last ? pair(x + r * x_stride, step, k) : read<uint32_t>(x + r * x_stride + 2 * step);
-        __m512bh v = (__m512bh)_mm512_set1_epi32(int(bits));
-        low[r] = (vec)_mm512_dpbf16_ps((__m512)low[r], a, v);
-        high[r] = (vec)_mm512_dpbf16_ps((__m512)high[r], b, v);
+        __m512bh v = (__m512bh)_mm512_set1_epi32(int(pair(x + r * x_stride, is_half)));
+        low[r] = (floats)_mm512_dpbf16_ps((__m512)low[r], a, v);
+        high[r] = (floats)_mm512_dpbf16_ps((__m512)high[r], b, v);
     }
 }
 #else
-template <int R> inline void multiply(vec* low, vec* high, const bf16* x, int64_t x_stride, int64_t step, int64_t k, bool is_last,
-                                      const bf16* first, const bf16* second) {
-    uvec a = read<uvec>(first), b = read<uvec>(second);
-    vec a_even = as_float(a << 16), a_odd = as_float(a & 0xffff0000u), b_even = as_float(b << 16), b_odd = as_float(b & 0xffff0000u);
+inline words read_words(const bf16* p) {
+    words out;
+    std::memcpy(&out, p, sizeof out);
+    return out;
+}
+
+// The float32 counterpart: the weight is widened while it is read, x was before. What is beyond K is 0 in both.
+template <int R> inline void multiply(floats* low, floats* high, const float* x, int64_t x_stride, bool, const bf16* first, const bf16* second) {
+    words a = read_words(first), b = read_words(second);
+    floats a_even = (floats)(a << 16), b_even = (floats)(b << 16), a_odd = (floats)(a & 0xffff0000u), b_odd = (floats)(b & 0xffff0000u);
     for (int r = 0; r < R; r++) {
-        uint32_t bits = is_last ? pair(x + r * x_stride, step, k) : read<uint32_t>(x + r * x_stride + 2 * step);
-        uint32_t even_bits = bits << 16, odd_bits = bits & 0xffff0000u;
-        float even = read<float>(&even_bits), odd = read<float>(&odd_bits);
-        low[r] = low[r] + even * a_even + odd * a_odd;
-        high[r] = high[r] + even * b_even + odd * b_odd;
+        low[r] += x[r * x_stride] * a_even;
+        high[r] += x[r * x_stride] * b_even;
+        low[r] += x[r * x_stride + 1] * a_odd;
+        high[r] += x[r * x_stride + 1] * b_odd;
     }
 }
 #endif
 
-template <int R> inline void tile_of(const bf16* x, int64_t x_stride, int64_t k, const bf16* first, const bf16* second, float* out) {
-    vec low[R] = {}, high[R] = {};
-    int64_t last = steps<bf16>(k) - 1, step = 2 * PANEL;
+// out[r] = x[r] times two panels: [R][2][PANEL].
+template <class X, class T, int R> void tile(const X* x, int64_t x_stride, int64_t k, const T* first, const T* second, float* out) {
+    floats low[R] = {}, high[R] = {};
+    int64_t last = steps<T>(k) - 1;
+    constexpr int64_t STEP = SIDE<T> * PANEL;
     for (int64_t i = 0; i < last; i++) {
         if (R <= STREAMED_ROWS) {
-            fetch(first + i * step);
-            fetch(second + i * step);
+            fetch(first + i * STEP);
+            fetch(second + i * STEP);
         }
-        multiply<R>(low, high, x, x_stride, i, k, false, first + i * step, second + i * step);
+        multiply<R>(low, high, x + i * SIDE<T>, x_stride, false, first + i * STEP, second + i * STEP);
     }
-    multiply<R>(low, high, x, x_stride, last, k, true, first + last * step, second + last * step);
+    multiply<R>(low, high, x + last * SIDE<T>, x_stride, k % SIDE<T> != 0, first + last * STEP, second + last * STEP);
     put<R>(out, low, high);
-}
-
-// out[r] = x[r] times two panels: [R][2][PANEL].
-template <class T, int R> void tile(const T* x, int64_t x_stride, int64_t k, const T* first, const T* second, float* out) {
-    tile_of<R>(x, x_stride, k, first, second, out);
 }
 
 // Rows that are multiplied.
@@ -140,28 +129,31 @@ struct Results {
 
 // Multiplies some rows with two panels by vector instructions.
 template <class T> struct ByVectors {
+    typedef std::conditional_t<sizeof(T) == 2, Multiplied, T> X;
+
     // Rows are spread evenly: 64 of them are 6 tiles of 10 or 11, not 5 of 12 and one of 4.
-    static int64_t tiles(int64_t rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
+    static int64_t tiles(int64_t rows) { return (rows + MOST_ROWS - 1) / MOST_ROWS; }
     static int64_t first_row(int64_t tile, int64_t rows) { return rows * tile / tiles(rows); }
-    static constexpr int64_t MOST_ROWS = TILE_ROWS;
+    // Registers: 12 x 2 sums, 2 of the weight and 1 of x of 32; 6 x 2 of 16, or 5 x 2 with a widened weight, which takes 4.
+    static constexpr int64_t MOST_ROWS = LANES == 16 ? 12 : sizeof(T) == 2 ? 5 : 6;
     static constexpr bool IS_FAST = false;
     static int64_t steps_of(int64_t) { return 0; }
 
-    template <class Between> void operator()(const Rows<T>& rows, const T* first, const T* second, const Results&, float* sums, const Between&) {
-        static constexpr void (*TILES[])(const T*, int64_t, int64_t, const T*, const T*, float*) = {
-            nullptr, tile<T, 1>, tile<T, 2>, tile<T, 3>, tile<T, 4>, tile<T, 5>, tile<T, 6>
-#ifdef __AVX512F__
-            , tile<T, 7>, tile<T, 8>, tile<T, 9>, tile<T, 10>, tile<T, 11>, tile<T, 12>
-#endif
-        };
-        TILES[rows.count](rows.x, rows.stride, rows.k, first, second, sums);
+    template <class Between> void operator()(const Rows<X>& rows, const T* first, const T* second, const Results&, float* sums, const Between&) {
+        static constexpr auto TILES = tiles_of(std::make_integer_sequence<int, MOST_ROWS>{});
+        TILES[rows.count - 1](rows.x, rows.stride, rows.k, first, second, sums);
     }
+
+private:
+    typedef void Tile(const X*, int64_t, int64_t, const T*, const T*, float*);
+    template <int... R> static constexpr std::array<Tile*, MOST_ROWS> tiles_of(std::integer_sequence<int, R...>) { return {tile<X, T, R + 1>...}; }
 };
 
 #ifdef HAS_TILES
 // The same by AMX, for k in whole tiles. Two tiles of rows and two panels at a time, so each tile that is loaded is used twice.
 class ByTiles {
 public:
+    typedef bf16 X;
     static constexpr int64_t MOST_ROWS = 2 * TILE_ROWS_MOST;
     static int64_t tiles(int64_t rows) { return (rows + MOST_ROWS - 1) / MOST_ROWS; }
     static int64_t first_row(int64_t tile, int64_t rows) { return tile * MOST_ROWS < rows ? tile * MOST_ROWS : rows; }
@@ -274,7 +266,7 @@ template <class T, class O> inline void store_gated(const Product& p, O* out, fl
         add_bias<T>(sums, (const T*)p.bias + first, count);
         add_bias<T>(sums + PANEL, (const T*)p.bias + width + first, count);
     }
-    f32x16 gate = rounded<T>(load_n<float>(sums, PANEL)), up = rounded<T>(load_n<float>(sums + PANEL, PANEL));
+    floats gate = rounded<T>(load<float>(sums)), up = rounded<T>(load<float>(sums + PANEL));
     store_n<O>(out + first, rounded<T>(activated(gate, p.finish)) * up, int(count));
 }
 
@@ -340,10 +332,38 @@ template <class T, class O, class Multiply> bool are_streamed(const Product& p) 
 #endif
 }
 
+// Rows as they are multiplied: where they lie, or a widened copy, of some of them at a time.
+template <class T, class X> class Input {
+public:
+    explicit Input(const Product& p) : p_(p), stride_(std::is_same<T, X>::value ? p.x_stride : steps<bf16>(p.k) * SIDE<bf16>) {}
+
+    // The rows [begin, end) are used next.
+    void set(int64_t begin, int64_t end) {
+        if (std::is_same<T, X>::value || begin == begin_) return;
+        begin_ = begin;
+        widened_.resize(std::max<size_t>(widened_.size(), (end - begin) * stride_ + LANES));
+        for (int64_t r = begin; r < end; r++) {
+            float* to = widened_.data() + (r - begin) * stride_;
+            for (int64_t i = 0; i < p_.k; i += LANES) store<float>(to + i, load_n<T>((const T*)p_.x + r * p_.x_stride + i, int(p_.k - i)));
+        }
+    }
+
+    Rows<X> rows(int64_t first, int64_t count) const {
+        const X* x = std::is_same<T, X>::value ? (const X*)p_.x + first * p_.x_stride : (const X*)widened_.data() + (first - begin_) * stride_;
+        return {x, stride_, count, p_.k};
+    }
+
+private:
+    const Product& p_;
+    int64_t stride_, begin_ = -1;
+    static thread_local std::vector<float> widened_;  // kept: fresh memory of this size costs as much as widening
+};
+template <class T, class X> thread_local std::vector<float> Input<T, X>::widened_;
+
 // Results of one thread.
 template <class T, class O, class Multiply> class Multiplication {
 public:
-    explicit Multiplication(const Product& p) : p_(p), are_streamed_(are_streamed<T, O, Multiply>(p)), pending_(p, are_streamed_) {}
+    explicit Multiplication(const Product& p) : p_(p), are_streamed_(are_streamed<T, O, Multiply>(p)), input_(p), pending_(p, are_streamed_) {}
 
     ~Multiplication() {
         pending_.store_all();
@@ -355,6 +375,7 @@ public:
     // One pair of panels times the rows [begin, end); then comes `next`, or none if it is negative.
     void panels_times(int64_t pair, int64_t begin, int64_t end, int64_t next) {
         Panels panels = panels_of(pair);
+        input_.set(begin, end);
         int64_t tiles = Multiply::tiles(end - begin), steps = tiles * Multiply::steps_of(p_.k);
         if (next >= 0 && steps) {
             Panels follow = panels_of(next);
@@ -365,7 +386,7 @@ public:
             O* to = (O*)p_.out + row * p_.out_stride;
             Results results{(const char*)(to + panels.feature), p_.out_stride * int64_t(sizeof(O)), are_streamed_};
             float* sums = sums_[turn_ = 1 - turn_];
-            multiply_({(const T*)p_.x + row * p_.x_stride, p_.x_stride, count, p_.k}, panels.first, panels.second, results, sums, [&] {
+            multiply_(input_.rows(row, count), panels.first, panels.second, results, sums, [&] {
                 pending_.store(2);
                 ahead_.fetch();
             });
@@ -391,6 +412,7 @@ private:
     const Product& p_;
     const bool are_streamed_;
     Multiply multiply_;
+    Input<T, typename Multiply::X> input_;
     Pending<T, O> pending_;
     Ahead ahead_;
     alignas(64) float sums_[2][Multiply::MOST_ROWS * 2 * PANEL];
@@ -400,7 +422,7 @@ private:
 template <class T, class O, class Multiply> void product(const Product& p, const Team& team) {
     int64_t pairs = ((p.finish ? p.n / 2 : (p.n + 1) / 2) + PANEL - 1) / PANEL;
     // Every pair reads all rows of a block: they stay in this core's cache.
-    int64_t most = BLOCK_BYTES / int64_t(p.k * sizeof(T)) / Multiply::MOST_ROWS * Multiply::MOST_ROWS;
+    int64_t most = BLOCK_BYTES / int64_t(p.k * sizeof(typename Multiply::X)) / Multiply::MOST_ROWS * Multiply::MOST_ROWS;
     if (most == 0) most = Multiply::MOST_ROWS;
     int64_t blocks = (p.rows + most - 1) / most;
     Multiplication<T, O, Multiply> multiplication(p);

@@ -8,32 +8,27 @@
 
 namespace {
 
-typedef double f64x16 __attribute__((vector_size(128)));
-
 constexpr int BLOCK = 256;  // elements whose weights are summed before the running total moves on; skipped when none is large enough
 constexpr int CUTS = 8;     // thresholds that one pass over a row compares with
-const f32x16 LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+const floats LANE = counted();
 
 // The first n lanes; the others are minus infinity.
-template <class T> inline f32x16 load_or_lowest(const T* p, int64_t n) {
+template <class T> inline floats load_or_lowest(const T* p, int64_t n) {
     if (n >= LANES) return load<T>(p);
     return LANE < float(n) ? load_n<T>(p, int(n)) : splat(-INFINITY);
 }
 
 // e^(x - best), 0 for what is out of reach: e^-87 is 1e-38 of the best.
-inline f32x16 weights(const float* x, int n, float best) {
-    f32x16 shifted = load_n<float>(x, n) - best;
-    f32x16 w = exponential(shifted);
-    return (shifted > -87.0f) & (LANE < float(n)) ? w : f32x16{};
+inline floats weights(const float* x, int64_t n, float best) {
+    floats shifted = load_or_lowest<float>(x, n) - best;
+    return shifted > -87.0f ? exponential(shifted) : floats{};
 }
 
+// Of a block: few enough for sums in float32.
 inline double block_sum(const float* x, int64_t n, float best) {
-    f64x16 total = {};
-    for (int64_t i = 0; i < n; i += LANES)
-        total += __builtin_convertvector(weights(x + i, int(n - i < LANES ? n - i : LANES), best), f64x16);
-    double sum = 0;
-    for (int i = 0; i < LANES; i++) sum += total[i];
-    return sum;
+    floats total = {};
+    for (int64_t i = 0; i < n; i += LANES) total += weights(x + i, n - i, best);
+    return sum(total);
 }
 
 // Order-preserving integer of a float: larger floats have smaller keys.
@@ -61,13 +56,6 @@ float largest_or_nan(const float* x, int64_t size) {
     return nan ? NAN : logit_of(smallest);
 }
 
-inline bool any(i32x16 lanes) {
-    uint64_t parts[8], all = 0;
-    std::memcpy(parts, &lanes, sizeof parts);
-    for (uint64_t part : parts) all |= part;
-    return all != 0;
-}
-
 // The largest and where it stands first, in one pass over the row; NaN if there is one.
 void find_best(const float* x, int64_t size, float& best, int64_t& at) {
     constexpr int64_t PIECE = 2048;
@@ -81,20 +69,16 @@ void find_best(const float* x, int64_t size, float& best, int64_t& at) {
     while (x[at] != best) at++;
 }
 
-// sums[k]: of the masses that are at least cuts[k]. `mass` is padded with zeros to whole vectors.
-void sums_from(const float* mass, int64_t size, const float* cuts, double* sums) {
-    f64x16 totals[CUTS] = {};
+// sums[k]: of the masses that are at least cuts[k]; mass_at(i) gives those from i on, a whole vector.
+template <class MassAt> inline void sums_from(int64_t size, const float* cuts, double* sums, const MassAt& mass_at) {
+    for (int k = 0; k < CUTS; k++) sums[k] = 0;
     for (int64_t block = 0; block < size; block += BLOCK * 4) {  // few enough for sums in float32
-        f32x16 part[CUTS] = {};
+        floats part[CUTS] = {};
         for (int64_t i = block; i < size && i < block + BLOCK * 4; i += LANES) {
-            f32x16 m = load<float>(mass + i);
-            for (int k = 0; k < CUTS; k++) part[k] += (f32x16)((i32x16)m & (m >= cuts[k]));
+            floats m = mass_at(i);
+            for (int k = 0; k < CUTS; k++) part[k] += (floats)((ints)m & (m >= cuts[k]));
         }
-        for (int k = 0; k < CUTS; k++) totals[k] += __builtin_convertvector(part[k], f64x16);
-    }
-    for (int k = 0; k < CUTS; k++) {
-        sums[k] = 0;
-        for (int i = 0; i < LANES; i++) sums[k] += totals[k][i];
+        for (int k = 0; k < CUTS; k++) sums[k] += sum(part[k]);
     }
 }
 
@@ -103,12 +87,8 @@ struct Reached {
     float low = 0, high = 2;  // the best has mass 1
     double above = 0;
 
-    // Look at CUTS masses below `from`, each `ratio` times the one before; whether one of them is low enough.
-    bool narrow(const float* mass, int64_t size, double wanted, float from, float ratio) {
-        float cuts[CUTS];
-        double sums[CUTS];
-        for (int k = 0; k < CUTS; k++) cuts[k] = from *= ratio;
-        sums_from(mass, size, cuts, sums);
+    // What sums from falling cuts say; whether one of them is low enough.
+    bool narrow(double wanted, const float* cuts, const double* sums) {
         for (int k = 0; k < CUTS; k++) {
             if (sums[k] >= wanted) {
                 low = cuts[k];
@@ -117,6 +97,15 @@ struct Reached {
             high = cuts[k], above = sums[k];
         }
         return false;
+    }
+
+    // The same by looking at CUTS masses below `from`, each `ratio` times the one before.
+    bool narrow(double wanted, const float* mass, int64_t size, float from, float ratio) {
+        float cuts[CUTS];
+        double sums[CUTS];
+        for (int k = 0; k < CUTS; k++) cuts[k] = from *= ratio;
+        sums_from(size, cuts, sums, [&](int64_t i) { return load<float>(mass + i); });
+        return narrow(wanted, cuts, sums);
     }
 };
 
@@ -142,43 +131,56 @@ uint32_t key_that_reaches(std::vector<Item>& items, double missing) {
     }
 }
 
+// Those in [low, high), unless they are more than `most`; whether they are not.
+bool collect(const float* x, const float* mass, int64_t size, const Reached& range, int64_t most, std::vector<Item>& items) {
+    items.clear();
+    for (int64_t i = 0; i < size; i += LANES) {
+        floats m = load<float>(mass + i);
+        for (uint32_t chosen = bits_of((m >= range.low) & (m < range.high) & (m > 0.0f)); chosen; chosen &= chosen - 1) {
+            int64_t at = i + __builtin_ctz(chosen);
+            items.push_back({key_of(x[at]), mass[at]});
+        }
+        if (int64_t(items.size()) > most) return false;
+    }
+    return true;
+}
+
 // The smallest logit that is kept: that of the token with which the mass of the best tokens reaches `share`. NaN if a logit is.
-// Passes over the masses, eight cuts each, leave few elements to choose among.
+// The pass that makes the masses says where about, another one where more closely if there are many; few elements are left to choose among.
 float top_p_threshold(const float* x, int64_t size, float share) {
     static thread_local std::vector<float> mass;  // kept: fresh memory of this size costs as much as a pass over it
+    static thread_local std::vector<Item> items;
+    constexpr int64_t FEW = 2048;  // as quickly sorted out as passed over
     mass.resize(std::max<size_t>(mass.size(), size + LANES));
-    float best = largest_or_nan(x, size);
-    double total = 0;
-    for (int64_t i = 0; i < size; i += LANES) {
-        f32x16 w = weights(x + i, int(std::min<int64_t>(LANES, size - i)), best);
-        store<float>(&mass[i], w);
-        total += sum(w);
-    }
+    float best = largest_or_nan(x, size), cuts[CUTS];
+    if (best != best) return best;
+    double sums[CUTS];
+    for (int k = 0; k < CUTS; k++) cuts[k] = k ? cuts[k - 1] / 4 : 0.25f;
+    cuts[CUTS - 1] = 0;
+    sums_from(size, cuts, sums, [&](int64_t i) {
+        floats m = weights(x + i, size - i, best);
+        store<float>(&mass[i], m);
+        return m;
+    });
+    double total = sums[CUTS - 1], wanted = share * total;
     if (!(total > 0)) return best;  // nothing is allowed, or the row is broken: the sampler says so
     if (share >= 1) return -INFINITY;  // 1, or what was rounded to it
-    double wanted = share * total;
     Reached range;
-    bool found = false;
-    for (float from = 1; !found && from > 1e-37f; from = range.high) found = range.narrow(mass.data(), size, wanted, from, 0.25f);
+    bool found = range.narrow(wanted, cuts, sums) && range.low > 0;
+    for (float from = range.high; !found && from > 1e-37f; from = range.high) found = range.narrow(wanted, mass.data(), size, from, 0.25f);
     if (!found) return -INFINITY;  // almost 1: rounded, the masses do not add up to it
-    for (int round = 0; round < 2; round++)
-        range.narrow(mass.data(), size, wanted, std::min(range.high, 1.0f), std::pow(range.low / std::min(range.high, 1.0f), 1.0f / CUTS));
-    std::vector<Item> items;
-    for (int64_t i = 0; i < size; i += LANES) {
-        f32x16 m = load<float>(&mass[i]);
-        i32x16 chosen = (m >= range.low) & (m < range.high) & (m > 0.0f);
-        if (!any(chosen)) continue;  // few are: one branch for all lanes is predictable
-        for (int j = 0; j < LANES; j++)
-            if (chosen[j]) items.push_back({key_of(x[i + j]), m[j]});
+    for (int64_t most = FEW; !collect(x, mass.data(), size, range, most, items); most = size) {
+        float from = std::min(range.high, 1.0f);
+        range.narrow(wanted, mass.data(), size, from, std::pow(range.low / from, 1.0f / CUTS));
     }
     return items.empty() ? best : logit_of(key_that_reaches(items, wanted - range.above));
 }
 
 // NaN is passed over.
 template <class T> inline float block_largest(const T* x, int64_t n) {
-    f32x16 best = splat(-INFINITY);
+    floats best = splat(-INFINITY);
     for (int64_t i = 0; i < n; i += LANES) {
-        f32x16 next = load_or_lowest<T>(x + i, n - i);
+        floats next = load_or_lowest<T>(x + i, n - i);
         best = next > best ? next : best;
     }
     return largest(best);
@@ -186,13 +188,13 @@ template <class T> inline float block_largest(const T* x, int64_t n) {
 
 // Sum of e^(x - best). A lane adds 16 numbers in float32, an error below 1e-6; what is out of reach counts as 1e-38. NaN if a logit is.
 template <class T> inline float block_weight(const T* x, int64_t n, float best) {
-    f32x16 total = {};
+    floats total = {};
     for (int64_t i = 0; i < n; i += LANES) total += exponential(load_or_lowest<T>(x + i, n - i) - best);
     return sum(total);
 }
 
 template <class T> inline int64_t block_larger(const T* x, int64_t n, float than) {
-    i32x16 counts = {};
+    ints counts = {};
     for (int64_t i = 0; i < n; i += LANES) counts -= load_or_lowest<T>(x + i, n - i) > than;  // true is -1
     int64_t total = 0;
     for (int i = 0; i < LANES; i++) total += counts[i];
@@ -209,10 +211,10 @@ class Best {
 
     template <class T> void offer_block(const T* x, int64_t n, int64_t first) {
         for (int64_t i = 0; i < n; i += LANES) {
-            f32x16 next = load_or_lowest<T>(x + i, n - i);
+            floats next = load_or_lowest<T>(x + i, n - i);
             if (!takes(largest(next))) continue;
             for (int j = 0; j < LANES && i + j < n; j++)
-                if (takes(next[j])) insert(next[j], first + i + j);
+                if (takes(load1<T>(x + i + j))) insert(load1<T>(x + i + j), first + i + j);
         }
     }
 
@@ -321,7 +323,7 @@ extern "C" void kvloom_draw(const float* logits, const float* best, const double
         int64_t first = int64_t(block) * BLOCK, n = std::min<int64_t>(BLOCK, size - first), token = first;
         bool found = false;
         for (int64_t i = 0; i < n && !found; i += LANES) {
-            f32x16 w = weights(x + first + i, int(std::min<int64_t>(LANES, n - i)), best[r]);
+            floats w = weights(x + first + i, n - i, best[r]);
             for (int j = 0; j < LANES && !found; j++) {
                 if (w[j] > 0) token = first + i + j;
                 before += w[j];

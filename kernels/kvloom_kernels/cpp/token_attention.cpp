@@ -1,7 +1,7 @@
 // Attention over a step's own keys and values: nothing is stored, every query sees tokens of its own row only.
 //
-// One work item is (row, kv head, some of the row's query tokens). Lanes are 16 queries: a key or value element is multiplied with all
-// of them at once, and the softmax over the keys needs no sums across lanes. The scores of 16 queries against all their keys lie in one
+// One work item is (row, kv head, some of the row's query tokens). Lanes are queries, 16 in some vectors: a key or value element is multiplied
+// with all of them at once, and the softmax over the keys needs no sums across lanes. The scores of 16 queries against all their keys lie in one
 // buffer: largest, exponentials, sum, and the division at the end. Keys and values are copied once an item, side by side as float32:
 // where they come from, heads lie so far apart that they would push each other out of the cache.
 #include "common.h"
@@ -12,7 +12,8 @@
 namespace {
 
 constexpr int64_t ITEM_TOKENS = 256;  // query tokens of an item: the copy is paid for, and long rows are still divided
-constexpr int KEYS = 8;               // keys at a time: as many independent sums as the latency needs
+constexpr int QUERIES = 16, VECTORS = QUERIES / LANES;
+constexpr int SUMS = 8 / VECTORS;  // keys, or elements of a value, at a time: as many independent sums as the latency needs
 constexpr int64_t NO_WINDOW = INT32_MAX / 2;
 
 struct Shape {
@@ -31,7 +32,7 @@ struct Item {
 };
 
 struct Work {
-    std::vector<float> keys, values, queries, scores;
+    std::vector<float> keys, values, queries, scores, results;  // results: [value_dim][QUERIES]
 };
 
 inline int64_t whole(int64_t elements) { return (elements + LANES - 1) / LANES * LANES; }
@@ -43,16 +44,7 @@ inline int64_t last_seen(const Shape& s, int64_t position, int64_t tokens) {
     return last < tokens ? last : tokens;
 }
 
-// 16 rows of 16, in place.
-inline void transpose(f32x16* rows) {
-    float before[LANES][LANES], after[LANES][LANES];
-    std::memcpy(before, rows, sizeof before);
-    for (int r = 0; r < LANES; r++)
-        for (int c = 0; c < LANES; c++) after[c][r] = before[r][c];
-    std::memcpy(rows, after, sizeof after);
-}
-
-// Tokens [from, to) of one head as float32, [token][dim rounded up to 16].
+// Tokens [from, to) of one head as float32, [token][dim rounded up to whole vectors].
 template <class T> void copy_head(std::vector<float>& out, Heads<const T> x, int64_t dim, int64_t from, int64_t to) {
     int64_t width = whole(dim);
     out.resize((to - from) * width);
@@ -61,45 +53,49 @@ template <class T> void copy_head(std::vector<float>& out, Heads<const T> x, int
             store<float>(&out[(t - from) * width + d], load_n<T>(x.data + t * x.token_stride + d, int(dim - d)));
 }
 
-// scores[j][query] = keys[j] . query for N keys; queries are [dim][16].
-template <int N> inline void dots(const float* queries, int64_t dim, const float* keys, int64_t width, float* scores) {
-    f32x16 sum[N] = {};
+// scores[j][query] = keys[j] . query for N keys; queries are [dim][QUERIES].
+template <int N> __attribute__((noinline)) void dots(const float* queries, int64_t dim, const float* keys, int64_t width, float* scores) {
+    floats sums[N][VECTORS] = {}, q[VECTORS];
     for (int64_t d = 0; d < dim; d++) {
-        f32x16 q = load<float>(queries + d * LANES);
-        for (int j = 0; j < N; j++) sum[j] += keys[j * width + d] * q;
+        for (int v = 0; v < VECTORS; v++) q[v] = in_register(load<float>(queries + d * QUERIES + v * LANES));
+        for (int j = 0; j < N; j++)
+            for (int v = 0; v < VECTORS; v++) sums[j][v] += keys[j * width + d] * q[v];
     }
-    for (int j = 0; j < N; j++) store<float>(scores + j * LANES, sum[j]);
+    for (int j = 0; j < N; j++)
+        for (int v = 0; v < VECTORS; v++) store<float>(scores + j * QUERIES + v * LANES, sums[j][v]);
 }
 
-// Scores [count][16] to weights e^(score - largest); of lane i the keys [first[i], last[i]) are seen, others get 0. Sums by lane.
-inline f32x16 weigh(const Shape& s, float* scores, int64_t count, i32x16 first, i32x16 last, bool all_seen) {
-    f32x16 most = splat(-INFINITY), total = {};
+// Scores [count][QUERIES] of a vector of queries to weights e^(score - largest); of lane i the keys [first[i], last[i]) are seen, others
+// get 0. Sums by lane.
+inline floats weigh(const Shape& s, float* scores, int64_t count, ints first, ints last, bool all_seen) {
+    floats most = splat(-INFINITY), total = {};
     for (int32_t j = 0; j < count; j++) {
-        f32x16 x = load<float>(scores + j * LANES);
+        floats x = load<float>(scores + j * QUERIES);
         if (s.soft_cap > 0)
             for (int i = 0; i < LANES; i++) x[i] = s.soft_cap * std::tanh(x[i] / s.soft_cap);
         if (!all_seen) x = (first <= j) & (last > j) ? x : splat(-INFINITY);
-        if (s.soft_cap > 0 || !all_seen) store<float>(scores + j * LANES, x);
+        if (s.soft_cap > 0 || !all_seen) store<float>(scores + j * QUERIES, x);
         most = x > most ? x : most;
     }
     for (int64_t j = 0; j < count; j++) {
-        f32x16 x = load<float>(scores + j * LANES), weight = exponential(x - most);
-        if (!all_seen) weight = x == -INFINITY ? f32x16{} : weight;
-        store<float>(scores + j * LANES, weight);
+        floats x = load<float>(scores + j * QUERIES), weight = exponential(x - most);
+        if (!all_seen) weight = x == -INFINITY ? floats{} : weight;
+        store<float>(scores + j * QUERIES, weight);
         total += weight;
     }
     return total;
 }
 
-// Elements [column, column + 16) of the results of 16 queries, one row a query: sum of weights[j][query] * values[j] over the keys.
-inline void add_values(const float* weights, int64_t count, const float* values, int64_t width, f32x16 total, f32x16* out) {
-    f32x16 sum[LANES] = {};
+// Elements [column, column + SUMS) of the results of all queries, [SUMS][QUERIES]: sum of weights[j][query] * values[j] over the keys.
+__attribute__((noinline)) void add_values(const float* weights, int64_t count, const float* values, int64_t width, const floats* totals, float* out) {
+    floats sums[SUMS][VECTORS] = {}, weight[VECTORS];
     for (int64_t j = 0; j < count; j++) {
-        f32x16 weight = load<float>(weights + j * LANES);
-        for (int d = 0; d < LANES; d++) sum[d] += values[j * width + d] * weight;
+        for (int v = 0; v < VECTORS; v++) weight[v] = in_register(load<float>(weights + j * QUERIES + v * LANES));
+        for (int d = 0; d < SUMS; d++)
+            for (int v = 0; v < VECTORS; v++) sums[d][v] += values[j * width + d] * weight[v];
     }
-    for (int d = 0; d < LANES; d++) out[d] = sum[d] / total;
-    transpose(out);
+    for (int d = 0; d < SUMS; d++)
+        for (int v = 0; v < VECTORS; v++) store<float>(out + d * QUERIES + v * LANES, sums[d][v] / totals[v]);
 }
 
 // One item. q, k, v and out begin at the row's first token and at the heads that belong to the item's kv head; the row has `tokens`.
@@ -111,37 +107,37 @@ void compute(const Shape& s, const Item& item, Work& w, Heads<const T> q, Heads<
     int64_t begin = first_seen(s, item.first), end = last_seen(s, item.last - 1, tokens);
     copy_head<T>(w.keys, k, s.dim, begin, end);
     copy_head<T>(w.values, v, s.value_dim, begin, end);
-    w.queries.resize(width * LANES);
-    w.scores.resize((end - begin) * LANES);
-    for (int64_t m = 0; m < rows; m += LANES) {  // 16 (token, head) pairs
-        int count = int(rows - m < LANES ? rows - m : LANES);
+    w.queries.resize(width * QUERIES);
+    w.results.resize(value_width * QUERIES);
+    w.scores.resize((end - begin) * QUERIES);
+    for (int64_t m = 0; m < rows; m += QUERIES) {  // (token, head) pairs
+        int count = int(rows - m < QUERIES ? rows - m : QUERIES);
         auto token = [&](int i) { return item.first + (m + (i < count ? i : count - 1)) / group; };  // missing lanes repeat the last
         auto head = [&](int i) { return (m + (i < count ? i : count - 1)) % group; };
-        for (int64_t d = 0; d < s.dim; d += LANES) {
-            f32x16 part[LANES];
-            for (int i = 0; i < LANES; i++)
-                part[i] = load_n<T>(q.data + token(i) * q.token_stride + head(i) * s.dim + d, int(s.dim - d)) * s.scale;
-            transpose(part);
-            std::memcpy(&w.queries[d * LANES], part, sizeof part);
-        }
+        for (int i = 0; i < QUERIES; i++)
+            for (int64_t d = 0; d < s.dim; d++)
+                w.queries[d * QUERIES + i] = load1<T>(q.data + token(i) * q.token_stride + head(i) * s.dim + d) * s.scale;
         int64_t from = first_seen(s, token(0)), to = last_seen(s, token(count - 1), tokens);  // both grow with the token
-        i32x16 first, last;
-        bool all_seen = true;
-        for (int i = 0; i < LANES; i++) {
-            first[i] = int32_t(first_seen(s, token(i)) - from);
-            last[i] = int32_t(last_seen(s, token(i), tokens) - from);
-            all_seen &= first[i] == 0 && last[i] == to - from;
-        }
         const float *keys = &w.keys[(from - begin) * width], *values = &w.values[(from - begin) * value_width];
         int64_t j = 0;
-        for (; j + KEYS <= to - from; j += KEYS) dots<KEYS>(w.queries.data(), s.dim, keys + j * width, width, &w.scores[j * LANES]);
-        for (; j < to - from; j++) dots<1>(w.queries.data(), s.dim, keys + j * width, width, &w.scores[j * LANES]);
-        f32x16 total = weigh(s, w.scores.data(), to - from, first, last, all_seen);
-        for (int64_t d = 0; d < s.value_dim; d += LANES) {
-            f32x16 part[LANES];
-            add_values(w.scores.data(), to - from, values + d, value_width, total, part);
-            for (int i = 0; i < count; i++)
-                store_n<T>(out.data + token(i) * out.token_stride + head(i) * s.value_dim + d, part[i], int(s.value_dim - d));
+        for (; j + SUMS <= to - from; j += SUMS) dots<SUMS>(w.queries.data(), s.dim, keys + j * width, width, &w.scores[j * QUERIES]);
+        for (; j < to - from; j++) dots<1>(w.queries.data(), s.dim, keys + j * width, width, &w.scores[j * QUERIES]);
+        floats totals[VECTORS];
+        for (int v = 0; v < VECTORS; v++) {
+            ints first, last;
+            bool all_seen = true;
+            for (int i = 0; i < LANES; i++) {
+                first[i] = int32_t(first_seen(s, token(v * LANES + i)) - from);
+                last[i] = int32_t(last_seen(s, token(v * LANES + i), tokens) - from);
+                all_seen &= first[i] == 0 && last[i] == to - from;
+            }
+            totals[v] = weigh(s, w.scores.data() + v * LANES, to - from, first, last, all_seen);
+        }
+        for (int64_t d = 0; d < s.value_dim; d += SUMS)
+            add_values(w.scores.data(), to - from, values + d, value_width, totals, &w.results[d * QUERIES]);
+        for (int i = 0; i < count; i++) {
+            T* to = out.data + token(i) * out.token_stride + head(i) * s.value_dim;
+            for (int64_t d = 0; d < s.value_dim; d++) store1<T>(to + d, w.results[d * QUERIES + i]);
         }
     }
 }
