@@ -194,19 +194,18 @@ inline floats reciprocal(floats x) {
 #endif
 }
 
-// x / (1 + e^-x).
-inline floats silu(floats x) {
+// 1 / (1 + e^-x).
+inline floats sigmoid(floats x) {
     floats share = reciprocal(1.0f + exponential(x < -88.0f ? splat(88.0f) : -x));
-    return x * (x < -88.0f ? floats{} : share);
+    return x < -88.0f ? floats{} : share;
 }
 
 // What a gated activation does to the gate. Numbers as in activation.py.
 enum Finish : int64_t { PLAIN = 0, SILU = 1, GELU = 2, GELU_TANH = 3 };
 
 inline floats activated(floats x, int64_t finish) {
-    if (finish == SILU) return silu(x);
-    for (int i = 0; i < LANES; i++)
-        x[i] = finish == GELU ? 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.70710678f))
-                              : 0.5f * x[i] * (1.0f + std::tanh(0.79788456f * (x[i] + 0.044715f * x[i] * x[i] * x[i])));
+    if (finish == SILU) return x * sigmoid(x);
+    if (finish == GELU_TANH) return x * sigmoid(1.59576912f * (x + 0.044715f * x * x * x));  // (1 + tanh(y)) / 2 = sigmoid(2 y)
+    for (int i = 0; i < LANES; i++) x[i] = 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.70710678f));
     return x;
 }

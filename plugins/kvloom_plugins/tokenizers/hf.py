@@ -57,8 +57,11 @@ class AutoTokenizer(Tokenizer):
         self._special = frozenset(self._hf.all_special_ids)
         if self.is_fast:  # it leaves these out too, named in the configuration or not
             self._special |= {i for i, token in self._hf.added_tokens_decoder.items() if token.special}
-        self._bytes = self._find_byte_tokens(vocabulary)
+        plain = transformers.PreTrainedTokenizerFast  # a class of its own may decode in a way of its own
+        is_plain = isinstance(self._hf, plain) and type(self._hf).decode is plain.decode and type(self._hf)._decode is plain._decode
+        self._backend = self._hf.backend_tokenizer if is_plain else None
         self._texts: dict[int, str] = {}
+        self._bytes = self._find_byte_tokens(vocabulary)
 
     def _find_byte_tokens(self, vocabulary: Mapping[str, int]) -> frozenset[int]:
         """Tokens ``<0x..>``, if a byte that is no text takes a character before it back."""
@@ -155,11 +158,18 @@ class AutoTokenizer(Tokenizer):
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True) -> str:
         """See `Tokenizer.decode`."""
+        known = [i for i in token_ids if self._knows(i)]
+        if len(known) == 1 and not (skip_special_tokens and known[0] in self._special):  # what follows a sequence asks for those
+            return self.token_text(known[0])
+        return self._decode(known, skip_special_tokens, spaces_between_special_tokens)
+
+    def _decode(self, token_ids: list[int], skips_special: bool, has_spaces: bool = True) -> str:
+        if self._backend is not None:  # without the library's own way to it, which takes as long again
+            return str(self._backend.decode(token_ids, skip_special_tokens=skips_special))
         options: dict[str, bool] = {}
         if isinstance(self._hf, transformers.PreTrainedTokenizer):  # the fast ones know no such choice
-            options["spaces_between_special_tokens"] = spaces_between_special_tokens and not skip_special_tokens
-        known = [i for i in token_ids if self._knows(i)]
-        return str(self._hf.decode(known, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False, **options))
+            options["spaces_between_special_tokens"] = has_spaces and not skips_special
+        return str(self._hf.decode(token_ids, skip_special_tokens=skips_special, clean_up_tokenization_spaces=False, **options))
 
     def token_text(self, token_id: int) -> str:
         """See `Tokenizer.token_text`."""
@@ -167,7 +177,7 @@ class AutoTokenizer(Tokenizer):
             return ""
         text = self._texts.get(token_id)
         if text is None:
-            text = self._texts[token_id] = self.decode([token_id], skip_special_tokens=False)
+            text = self._texts[token_id] = self._decode([token_id], skips_special=False)
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
