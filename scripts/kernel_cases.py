@@ -28,7 +28,17 @@ from kvloom_kernels.bitmask import WORD_BITS, apply_bitmask, apply_bitmask_refer
 from kvloom_kernels.blocks import copy_blocks, copy_blocks_reference, touch, touch_reference
 from kvloom_kernels.linear import WeightShape, lookup, lookup_reference, pack, pack_reference, panel_features, product
 from kvloom_kernels.norm import rms_norm, rms_norm_add, rms_norm_reference
-from kvloom_kernels.sampling import best, best_reference, draw, draw_reference, token_logprobs, top_p, top_p_reference
+from kvloom_kernels.sampling import (
+    best,
+    best_reference,
+    divide,
+    divide_reference,
+    draw,
+    draw_reference,
+    token_logprobs,
+    top_p,
+    top_p_reference,
+)
 from kvloom_kernels.token_attention import token_attention, token_attention_torch
 
 EPS = 1e-5
@@ -218,6 +228,12 @@ def bitmasks(s: Sizes) -> Iterator[Case]:
                lambda: after(apply_bitmask_reference(other, masks, rows), other))
 
 
+def divisions(s: Sizes) -> Iterator[Case]:
+    """Temperatures, in place: by 1, so that repeated calls do not change the logits."""
+    logits, by = torch.randn(s.requests, s.vocabulary), torch.ones(s.requests)
+    yield Case(f"temperatures, {s.requests} rows of {s.vocabulary}", lambda: divide(logits, by), lambda: divide_reference(logits, by))
+
+
 def top_ps(s: Sizes) -> Iterator[Case]:
     """In place, so each call has a copy of the logits first."""
     logits, p = 3 * torch.randn(s.requests, s.vocabulary), torch.full((s.requests,), 0.9)
@@ -275,6 +291,7 @@ CASES: dict[str, Callable[[Sizes], Iterator[Case]]] = {
     "kvloom_copy_blocks": block_copies,
     "kvloom_touch": first_uses,
     "kvloom_apply_bitmask": bitmasks,
+    "kvloom_divide": divisions,
     "kvloom_top_p": top_ps,
     "kvloom_best": bests,
     "kvloom_draw": draws,

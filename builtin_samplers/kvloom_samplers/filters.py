@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvloom.interfaces import LogitsProcessor, SequenceView, Stage, Tokenizer
 from kvloom.params import SamplingParams
-from kvloom_kernels.sampling import top_p
+from kvloom_kernels.sampling import divide, top_p
 from kvloom_kernels.transfer import to_device
 
 
@@ -43,7 +43,7 @@ class Temperature(NumberProcessor):
 
     def apply(self, logits: Tensor, states: Sequence[float]) -> Tensor:
         """See `LogitsProcessor.apply`."""
-        return logits.div_(self.column(states, logits))
+        return divide(logits, self.column(states, logits)[:, 0])
 
 
 class Filter(NumberProcessor):

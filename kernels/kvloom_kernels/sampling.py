@@ -12,6 +12,20 @@ from kvloom_kernels.call import is_native, pointer
 from kvloom_kernels.plan import unrecorded
 
 
+def divide_reference(logits: Tensor, by: Tensor) -> Tensor:
+    """``logits [r, V]`` float32, each row divided in place by a number of ``by [r]`` float32."""
+    return logits.div_(by[:, None])
+
+
+def divide(logits: Tensor, by: Tensor) -> Tensor:
+    """See `divide_reference`. Not by torch, whose threads would then wait busily while the next kernel runs."""
+    if not (logits.dtype is torch.float32 and logits.is_contiguous() and is_native(logits, by)):
+        return divide_reference(logits, by)
+    by = by.contiguous()
+    unrecorded("kvloom_divide")(pointer(logits), pointer(by), logits.shape[0], logits.shape[1], torch.get_num_threads())
+    return logits
+
+
 def top_p_reference(logits: Tensor, p: Tensor) -> Tensor:
     """Minus infinity for what is not among the best tokens whose probabilities add up to `p`; ties with the last one stay.
 

@@ -28,6 +28,8 @@ from kvloom_kernels.norm import rms_norm, rms_norm_add, rms_norm_reference
 from kvloom_kernels.sampling import (
     best,
     best_reference,
+    divide,
+    divide_reference,
     draw,
     draw_reference,
     token_logprobs,
@@ -192,6 +194,15 @@ def test_the_best_and_draws(size: int, rows: int) -> None:
         assert torch.equal(value, wanted[0])
         assert torch.equal(index, wanted[1])
         assert torch.equal(draw(logits, value, uniform), draw_reference(logits, value, uniform))
+
+
+@pytest.mark.parametrize("size", VOCABULARIES)
+def test_divisions_over_views(size: int) -> None:
+    by = torch.linspace(0.1, 3.0, 10)[::2]
+    for logits in views(5, size):
+        expected = divide_reference(logits.clone(), by)
+        assert torch.equal(divide(logits, by), expected)
+        assert torch.equal(logits, expected), "in place"
 
 
 @pytest.mark.parametrize("size", VOCABULARIES)

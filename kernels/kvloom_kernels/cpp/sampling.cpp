@@ -300,6 +300,14 @@ extern "C" void kvloom_top_p(float* logits, const float* p, int64_t rows, int64_
     });
 }
 
+// Each row by a number of its own.
+extern "C" void kvloom_divide(float* logits, const float* by, int64_t rows, int64_t size, int threads) {
+    for_all(rows, threads, [&](int64_t r) {
+        float *x = logits + r * size, divisor = by[r];
+        for (int64_t i = 0; i < size; i++) x[i] /= divisor;
+    });
+}
+
 // The largest of each row and where it stands first; a row with NaN has NaN.
 extern "C" void kvloom_best(const float* logits, float* best, int64_t* out, int64_t rows, int64_t size, int threads) {
     for_all(rows, threads, [&](int64_t r) { find_best(logits + r * size, size, best[r], out[r]); });
