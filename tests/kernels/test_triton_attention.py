@@ -37,7 +37,9 @@ ROOT = Path(__file__).resolve().parents[2]
 ON_GPU = os.environ.get("TRITON_INTERPRET") != "1"
 DEVICE = "cuda" if ON_GPU else "cpu"
 SPEC = replace(HOST_SPEC, device=DEVICE)
-LONG = [([(2100, 1)], None), ([(1290, 1), (600, 3)], 300)]
+FILLER = None if ON_GPU else ReferenceAttention
+"""The interpreter takes 5 ms to write a token: where the tokens before the step are many, or no writes are tested, torch writes them."""
+LONG = [([(2100, 1)], None), ([(1500, 1), (600, 3)], 300)]
 """Rows whose context is divided, and a window."""
 if ON_GPU:
     LONG += [(rows, window) for rows in ([(32_000, 1)], [(9000, 1), (4095, 1), (4096, 1), (4097, 1)], [(5000, 700), (8191, 1), (0, 2500)])
@@ -55,9 +57,8 @@ def test_prompts_chunks_and_decodes_in_one_step(rows: list, window: int | None) 
 
 @pytest.mark.parametrize(("rows", "window"), LONG, ids=str)
 def test_a_long_context_is_divided_among_programs(rows: list, window: int | None) -> None:
-    spec = SPEC if ON_GPU else replace(SPEC, num_heads=3, num_kv_heads=1)  # programs of several kv heads: the tests of short contexts
-    assert split_count(len(rows) * spec.num_kv_heads, max(map(sum, rows))) > 4
-    assert_close(Case(replace(spec, window_tokens=window), rows), TritonAttention)
+    assert split_count(len(rows) * SPEC.num_kv_heads, max(map(sum, rows))) > 4
+    assert_close(Case(replace(SPEC, window_tokens=window), rows, filler=FILLER), TritonAttention)
 
 
 @pytest.mark.parametrize(("shape", "block_tokens"), [(shape, b) for i, shape in enumerate(HEADS) for j, b in enumerate(BLOCK_TOKENS)
@@ -67,11 +68,11 @@ def test_head_shapes_and_block_sizes(shape: tuple[int, int, int, int], block_tok
     assert_close(Case(spec, [(33, 1), (0, 18), (2, 5)]), TritonAttention)
 
 
-@pytest.mark.parametrize("group", [*(range(1, 9) if ON_GPU else (1, 2, 3, 4, 5, 8)), 70])  # padded to powers of two
+@pytest.mark.parametrize("group", [*range(1, 9), 70])
 def test_query_heads_of_one_kv_head_in_one_tile(group: int) -> None:
     spec = AttentionSpec(2 * group, 2, 16, 16, 0.25, device=DEVICE)
-    assert_close(Case(spec, [(16, 1), (0, 1), (47, 1)]), TritonAttention)
-    assert_close(Case(spec, [(15, 17), (31, 1)]), TritonAttention)
+    assert_close(Case(spec, [(16, 1), (0, 1), (47, 1)], filler=FILLER), TritonAttention)
+    assert_close(Case(spec, [(15, 17), (31, 1)], filler=FILLER), TritonAttention)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="a batch of real size takes the interpreter minutes: needs a GPU")
@@ -108,7 +109,7 @@ def test_bidirectional(window: int | None) -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2e-2), ("float16", 3e-3)])
 def test_half_precision_is_as_close_as_its_rounding(dtype: str, tolerance: float) -> None:
-    assert_close(Case(replace(SPEC, dtype=dtype, cache_dtype=dtype), [(600 if ON_GPU else 270, 1), (3, 30)]), TritonAttention, tolerance)
+    assert_close(Case(replace(SPEC, dtype=dtype, cache_dtype=dtype), [(600, 1), (3, 30)], filler=FILLER), TritonAttention, tolerance)
 
 
 def test_soft_cap_agrees_with_the_reference() -> None:
@@ -170,7 +171,7 @@ def test_heads_that_lie_apart_are_left_to_the_layer() -> None:
        window=st.none() | st.integers(1, 60), group=st.integers(1, 8), seed=st.integers(0, 5))
 @settings(max_examples=12, deadline=None)
 def test_random_batches(rows: list, block_tokens: int, window: int | None, group: int, seed: int) -> None:
-    assert_close(Case(replace(SPEC, num_heads=2 * group, block_tokens=block_tokens, window_tokens=window), rows, seed), TritonAttention)
+    assert_close(Case(replace(SPEC, num_heads=2 * group, block_tokens=block_tokens, window_tokens=window), rows, seed, FILLER), TritonAttention)
 
 
 def test_few_sequences_of_long_contexts_are_split_and_many_are_not() -> None:
