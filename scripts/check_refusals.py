@@ -90,7 +90,8 @@ def plugin_cases(scratch: Path) -> dict[str, Callable[[], object]]:
 
 def request_cases(scratch: Path) -> dict[str, Callable[[], object]]:
     """Requests that cannot be served."""
-    llm = LLM(str(make_checkpoint(scratch / "small")), max_model_len=64, num_gpu_blocks_override=4, plugins=[])
+    directory = make_checkpoint(scratch / "small", tokenizer=False)
+    llm = LLM(str(directory), skip_tokenizer_init=True, max_model_len=64, num_gpu_blocks_override=4, plugins=[])
 
     def generate(token_ids: list[int], max_tokens: int = 4) -> Callable[[], object]:
         return lambda: llm.generate([token_ids], SamplingParams(max_tokens=max_tokens), use_tqdm=False)

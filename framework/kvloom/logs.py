@@ -17,6 +17,13 @@ def get_logger() -> Any:
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
-            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
+            console(),
         ],
     )
+
+
+def console() -> Any:
+    """Log lines for a person, with Python's own tracebacks: rich's show every frame's locals, in 0.9 s and hundreds of lines."""
+    import structlog
+
+    return structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)

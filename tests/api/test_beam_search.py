@@ -92,7 +92,7 @@ def test_beam_search__beams_are_those_of_transformers(llm: LLM, truth: Truth, wi
 
 def test_beam_search__ends_that_are_among_the_best_are_those_of_transformers(llm: LLM, truth: Truth) -> None:
     """transformers drops end tokens below the `width` best candidates of a step: where there are none, the sequences are equal."""
-    prompts = [[i, 3 * i, 40 + i] for i in range(12)] + [[i] * 4 for i in range(40)]
+    prompts = [[i, 3 * i, 40 + i] for i in range(12)] + [[i] * 4 for i in range(14)]
     equal = ended = 0
     for width in (2, 3):
         params = BeamSearchParams(width, 6, length_penalty=0.0)

@@ -21,6 +21,7 @@ from parameter_helpers import (
     scores,
     token_ids,
 )
+from safetensors.torch import load_file, save_file
 
 from kvloom import LLM, SamplingParams
 from kvloom.errors import ConfigError, ModelError, RequestValidationError
@@ -226,8 +227,11 @@ class Zeros(DummyLoader):
         for name, tensor in super().read(names):
             yield name, tensor.zero_()
 """)})
-    seen = {}
-    for load_format, directory in (("auto", small_checkpoint), ("safetensors", small_checkpoint), ("dummy", tmp_path), ("zeros", tmp_path)):
+    real, seen = tmp_path / "real", {}
+    shutil.copytree(small_checkpoint, real)
+    tensors = load_file(real / "model.safetensors")  # as the dummy loader makes them up, where nothing was rounded to bfloat16
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, real / "model.safetensors")
+    for load_format, directory in (("auto", real), ("safetensors", real), ("dummy", tmp_path), ("zeros", tmp_path)):
         with engine(directory, load_format=load_format, skip_tokenizer_init=True) as llm:
             seen[load_format] = scores(llm)
     assert seen["auto"] == seen["safetensors"]

@@ -151,10 +151,9 @@ def test_sizes(training: dict) -> None:
     assert 1024 <= config["vocab_size"] <= 4096
 
 
-@given(strategies.text())
-@example("naïve 你好 🙂\n\t  two  spaces ")
-def test_any_text_comes_back_from_the_tokenizer(text: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(model_dir())
+@given(text=strategies.text())
+@example(text="naïve 你好 🙂\n\t  two  spaces ")
+def test_any_text_comes_back_from_the_tokenizer(tokenizer, text: str) -> None:
     ids = tokenizer(text)["input_ids"]
     assert ids.count(tokenizer.bos_token_id) == 1 + text.count("<s>")
     assert ids[0] == tokenizer.bos_token_id

@@ -34,6 +34,12 @@ def test_every_row_has_a_test(generator: ModuleType) -> None:
     assert generator.missing() == [], "name a test test_<row>__<behaviour>"
 
 
+def test_the_demo_prints_what_the_readme_shows(capsys: pytest.CaptureFixture) -> None:
+    shown = (ROOT / "README.md").read_text().partition("$ kvloom demo\n")[2].partition("```")[0]
+    assert kvloom.cli.main(["demo"]) == 0
+    assert capsys.readouterr().out.split() == shown.split()
+
+
 def test_every_test_that_a_page_names_exists() -> None:
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs/api.md").read_text())
     assert len(named) > 100

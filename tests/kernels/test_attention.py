@@ -29,6 +29,8 @@ class Case:
     spec: AttentionSpec
     rows: list[tuple[int, int]]
     seed: int = 0
+    filler: type | None = None
+    """Another backend with the same cache, which writes the tokens before the step; the backend itself when None."""
 
     def run(self, backend: type, poison: float = float("nan")) -> tuple[torch.Tensor, torch.Tensor]:
         """(what the backend gives, what torch gives), ``[T, Hq, Dv]`` each. Blocks of nobody and free slots hold `poison`."""
@@ -51,7 +53,7 @@ class Case:
         full = [(random(b + n, s.num_kv_heads, s.head_dim), random(b + n, s.num_kv_heads, s.value_dim), random(n, s.num_heads, s.head_dim))
                 for b, n in self.rows]
         if any(b for b, _ in self.rows):
-            self.write(made, cache, tables, full, [(0, b) for b, _ in self.rows])
+            self.write(self.filler(s) if self.filler else made, cache, tables, full, [(0, b) for b, _ in self.rows])
         meta = self.write(made, cache, tables, full, self.rows)
         q = torch.cat([q for _, _, q in full])
         out = torch.full((q.shape[0], s.num_heads, s.value_dim), float("nan"), dtype=dtype, device=s.device)

@@ -92,8 +92,8 @@ def test_paged_attention_at_the_borders_of_blocks(dtype: torch.dtype, block_toke
 
 
 @EACH_DTYPE
-@pytest.mark.parametrize("group", [1, 3, 5, 8, 20])
-@pytest.mark.parametrize(("context", "soft_cap", "block_tokens"), [(1025, None, BLOCK), (1300, None, 24), (5000, 4.0, BLOCK)])
+@pytest.mark.parametrize(("context", "soft_cap", "block_tokens", "group"), [
+    *((1025, None, BLOCK, group) for group in (1, 3, 5, 8, 20)), (1300, None, 24, 3), (1300, None, 24, 8), (5000, 4.0, BLOCK, 1), (5000, 4.0, BLOCK, 5)])
 def test_paged_attention_of_one_long_context(dtype: torch.dtype, group: int, soft_cap: float | None, context: int, block_tokens: int,
                                              threads: int) -> None:
     assert_paged([(context, 1)], Scores(PEAK / 8, None, soft_cap), dtype, group, 64, 64, block_tokens, kv_heads=1)

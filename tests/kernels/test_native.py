@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from repository import ROOT
 
+from kvloom import LLM, SamplingParams
 from kvloom_kernels import native
 
 CODE = "from kvloom_kernels import native; print(native.problem())"
@@ -32,13 +34,14 @@ needs_compiler = pytest.mark.skipif(native.problem() is not None, reason=f"the C
 
 @needs_compiler
 def test_a_fresh_cache_is_made_private_and_used_again(tmp_path: Path) -> None:
-    assert problem_with(XDG_CACHE_HOME=str(tmp_path)) == "None"
+    variables = {"XDG_CACHE_HOME": str(tmp_path), native.FLAGS_VARIABLE: "-O0"}  # compiles in a third of the time
+    assert problem_with(**variables) == "None"
     folder = tmp_path / "kvloom/kernels"
     assert folder.stat().st_mode & 0o777 == 0o700
     made = list(folder.iterdir())
     assert len(made) == 1
     written = made[0].stat().st_mtime_ns
-    assert problem_with(XDG_CACHE_HOME=str(tmp_path)) == "None"
+    assert problem_with(**variables) == "None"
     assert [p.stat().st_mtime_ns for p in folder.iterdir()] == [written]
 
 
@@ -61,19 +64,29 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
 
 
 def test_without_a_compiler_the_engine_runs_in_torch_and_says_why(small_checkpoint: Path, tmp_path: Path) -> None:
+    values, prompts, params = {"dtype": "float32", "skip_tokenizer_init": True}, [[1, 2, 3], list(range(40))], {"temperature": 0, "max_tokens": 8}
+    with LLM(str(small_checkpoint), **values) as llm:
+        expected = llm.generate(prompts, SamplingParams(**params), use_tqdm=False)[1].outputs[0].token_ids
     code = f"""
 from kvloom import LLM, SamplingParams
-llm = LLM({str(small_checkpoint)!r}, dtype="float32")
-print(llm.generate([[1, 2, 3], list(range(40))], SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)[1].outputs[0].token_ids)
+llm = LLM({str(small_checkpoint)!r}, **{values})
+print(llm.generate({prompts}, SamplingParams(**{params}), use_tqdm=False)[1].outputs[0].token_ids)
 print(llm.llm_engine.report.text())
 """
-    outputs = []
-    for path in (os.environ["PATH"], str(tmp_path)):
-        done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PATH": path, "XDG_CACHE_HOME": str(tmp_path / path[-3:])},
-                              capture_output=True, text=True, check=True)
-        outputs.append(done.stdout.split("\n", 1))
-    assert outputs[0][0] == outputs[1][0]
-    assert "attention backend: torch (refused: cpu: no C++ compiler was found" in outputs[1][1]
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)},
+                          capture_output=True, text=True, check=True)
+    tokens, report = done.stdout.split("\n", 1)
+    assert tokens == str(expected)
+    assert "attention backend: torch (refused: cpu: no C++ compiler was found" in report
+
+
+def features(flags: str) -> set[str]:
+    """Which of the macros that the sources ask for are defined: equal ones leave the very same C++ to compile."""
+    compiler = shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    done = subprocess.run([str(compiler), *native.FLAGS, flags, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=True)
+    asked = {name for path in native.SOURCES.iterdir() for name in re.findall(r"\b__(?:AVX|AMX|FMA|F16)\w*", path.read_text())}
+    assert asked >= {"__AVX512F__", "__AVX512BF16__", "__AMX_BF16__"}
+    return {words[1] for line in done.stdout.splitlines() if (words := line.split())[1] in asked}
 
 
 @needs_compiler
@@ -82,6 +95,8 @@ def test_kernels_for_lesser_cpus_give_the_same(flags: str) -> None:
     """Without AVX-512 bfloat16 is widened to float32 and a panel has 8 features instead of 16; without AMX vectors multiply."""
     if platform.machine() != "x86_64":
         pytest.skip("the flags are of this architecture")
+    if features(flags) == features("-O3"):
+        return  # this CPU is as small: the files test these kernels without flags
     files = [f"tests/kernels/test_{name}.py" for name in ("product", "attention_shapes", "odd_shapes")]
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files], cwd=ROOT, capture_output=True, text=True,
                           check=False, env={**os.environ, native.FLAGS_VARIABLE: flags})

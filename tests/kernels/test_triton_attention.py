@@ -37,6 +37,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ON_GPU = os.environ.get("TRITON_INTERPRET") != "1"
 DEVICE = "cuda" if ON_GPU else "cpu"
 SPEC = replace(HOST_SPEC, device=DEVICE)
+FILLER = None if ON_GPU else ReferenceAttention
+"""The interpreter takes 5 ms to write a token: where the tokens before the step are many, or no writes are tested, torch writes them."""
 LONG = [([(2100, 1)], None), ([(1500, 1), (600, 3)], 300)]
 """Rows whose context is divided, and a window."""
 if ON_GPU:
@@ -56,7 +58,7 @@ def test_prompts_chunks_and_decodes_in_one_step(rows: list, window: int | None) 
 @pytest.mark.parametrize(("rows", "window"), LONG, ids=str)
 def test_a_long_context_is_divided_among_programs(rows: list, window: int | None) -> None:
     assert split_count(len(rows) * SPEC.num_kv_heads, max(map(sum, rows))) > 4
-    assert_close(Case(replace(SPEC, window_tokens=window), rows), TritonAttention)
+    assert_close(Case(replace(SPEC, window_tokens=window), rows, filler=FILLER), TritonAttention)
 
 
 @pytest.mark.parametrize(("shape", "block_tokens"), [(shape, b) for i, shape in enumerate(HEADS) for j, b in enumerate(BLOCK_TOKENS)
@@ -69,8 +71,8 @@ def test_head_shapes_and_block_sizes(shape: tuple[int, int, int, int], block_tok
 @pytest.mark.parametrize("group", [*range(1, 9), 70])
 def test_query_heads_of_one_kv_head_in_one_tile(group: int) -> None:
     spec = AttentionSpec(2 * group, 2, 16, 16, 0.25, device=DEVICE)
-    assert_close(Case(spec, [(16, 1), (0, 1), (47, 1)]), TritonAttention)
-    assert_close(Case(spec, [(15, 17), (31, 1)]), TritonAttention)
+    assert_close(Case(spec, [(16, 1), (0, 1), (47, 1)], filler=FILLER), TritonAttention)
+    assert_close(Case(spec, [(15, 17), (31, 1)], filler=FILLER), TritonAttention)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="a batch of real size takes the interpreter minutes: needs a GPU")
@@ -107,7 +109,7 @@ def test_bidirectional(window: int | None) -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2e-2), ("float16", 3e-3)])
 def test_half_precision_is_as_close_as_its_rounding(dtype: str, tolerance: float) -> None:
-    assert_close(Case(replace(SPEC, dtype=dtype, cache_dtype=dtype), [(600, 1), (3, 30)]), TritonAttention, tolerance)
+    assert_close(Case(replace(SPEC, dtype=dtype, cache_dtype=dtype), [(600, 1), (3, 30)], filler=FILLER), TritonAttention, tolerance)
 
 
 def test_soft_cap_agrees_with_the_reference() -> None:
@@ -129,8 +131,7 @@ def rotated_in_steps(q, k, v, backend, cache, batch, table, positions, norms, ep
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "value_dim", "rotary_dim"),
                          [(6, 2, 20, 20, 20), (1, 1, 8, 8, 8), (8, 1, 128, 128, 128), (3, 3, 14, 5, 6), (4, 2, 80, 96, 40), (2, 1, 2, 1, 2)])
 @pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 3e-2)])
-@pytest.mark.parametrize("block_tokens", [16, 5])
+@pytest.mark.parametrize(("dtype", "tolerance", "block_tokens"), [("float32", 2e-6, 5), ("bfloat16", 3e-2, 16)])
 def test_norm_rotation_and_write_in_one_launch(heads: int, kv_heads: int, dim: int, value_dim: int, rotary_dim: int, normed: bool, dtype: str,
                                                tolerance: float, block_tokens: int) -> None:
     generator, kind = torch.Generator().manual_seed(dim), getattr(torch, dtype)
@@ -170,7 +171,7 @@ def test_heads_that_lie_apart_are_left_to_the_layer() -> None:
        window=st.none() | st.integers(1, 60), group=st.integers(1, 8), seed=st.integers(0, 5))
 @settings(max_examples=12, deadline=None)
 def test_random_batches(rows: list, block_tokens: int, window: int | None, group: int, seed: int) -> None:
-    assert_close(Case(replace(SPEC, num_heads=2 * group, block_tokens=block_tokens, window_tokens=window), rows, seed), TritonAttention)
+    assert_close(Case(replace(SPEC, num_heads=2 * group, block_tokens=block_tokens, window_tokens=window), rows, seed, FILLER), TritonAttention)
 
 
 def test_few_sequences_of_long_contexts_are_split_and_many_are_not() -> None:

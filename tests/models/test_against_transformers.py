@@ -14,7 +14,11 @@ from variants import VARIANTS, make
 from kvloom import LLM, RequestOutput, SamplingParams
 from kvloom.live_request import Call
 
-OUTPUT_TOKENS, BATCHES, CANDIDATES = 64, (1, 8, 33), 48
+OUTPUT_TOKENS, CANDIDATES = 40, 48
+"""Outputs grow over two borders of blocks and over every window of `VARIANTS`, and last until each of 33 requests gave way."""
+RUNS = {1: [(True, False), (False, True)], 8: [(True, False), (False, True)],
+        33: [(preempt, warm) for preempt in (False, True) for warm in (False, True)]}
+"""By requests at once: is each preempted, and is there a cache of the run before?"""
 SMALLEST_GAP, LOGIT_TOLERANCE = 1e-3, 1e-4
 GREEDY = SamplingParams(temperature=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
 
@@ -58,7 +62,7 @@ def truth(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             found.prompts.append(prompt)
             found.outputs.append(output)
             found.logits.append(logits)
-    assert len(found.prompts) >= max(BATCHES)
+    assert len(found.prompts) >= max(RUNS)
     return found
 
 
@@ -85,17 +89,15 @@ def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
 @pytest.mark.parametrize("most_tokens", [16, 64, 0], ids=lambda n: f"at-most-{n or 'any'}")
 def test_tokens_over_batches_chunks_caches_and_preemptions(truth: Truth, most_tokens: int) -> None:
     with engine(truth.directory, long_prefill_token_threshold=most_tokens) as llm:
-        for batch in BATCHES:
+        for batch, preempt, warm in ((batch, *run) for batch, runs in RUNS.items() for run in runs):
             prompts, expected = truth.prompts[:batch], truth.outputs[:batch]
-            for preempt in (False, True):
-                for warm in (False, True):
-                    if not warm:
-                        assert llm.reset_prefix_cache()
-                    outputs = drive(llm, prompts, preempt=preempt)
-                    assert tokens(outputs) == expected, f"{batch=} {preempt=} {warm=}"
-                    assert all((o.metrics.num_preemptions >= 1) == preempt for o in outputs)
-                    hits = [o.num_cached_tokens for o in outputs if len(o.prompt_token_ids) > 16]
-                    assert all(hits) == warm or not hits
+            if not warm:
+                assert llm.reset_prefix_cache()
+            outputs = drive(llm, prompts, preempt=preempt)
+            assert tokens(outputs) == expected, f"{batch=} {preempt=} {warm=}"
+            assert all((o.metrics.num_preemptions >= 1) == preempt for o in outputs)
+            hits = [o.num_cached_tokens for o in outputs if len(o.prompt_token_ids) > 16]
+            assert all(hits) == warm or not hits
 
 
 def test_a_pool_too_small_for_all_makes_requests_give_way(truth: Truth) -> None:
@@ -127,7 +129,8 @@ def test_logits(truth: Truth, backend: str, most_tokens: int) -> None:
     with engine(truth.directory, long_prefill_token_threshold=most_tokens, attention_backend=backend) as llm:
         recorder = LogitsRecorder()
         llm.apply_model(recorder.install)
-        for prompt, expected in list(zip(truth.prompts, truth.logits, strict=True))[:4]:
+        by_length = sorted(zip(truth.prompts, truth.logits, strict=True), key=lambda both: len(both[0]))
+        for prompt, expected in (by_length[0], by_length[len(by_length) // 2], by_length[-1]):
             recorder.seen.clear()
             llm.generate([prompt], GREEDY, use_tqdm=False)
             torch.testing.assert_close(torch.cat(recorder.seen), expected, atol=LOGIT_TOLERANCE, rtol=0)

@@ -69,13 +69,16 @@ def test_half_a_character_at_the_end_of_the_prompt_is_completed_by_the_output(by
     assert "".join(pieces(byte_tokenizer, whole[:2], whole[2:])) == "日"
 
 
-@pytest.mark.parametrize("folder", ["gpt2-tokenizer", "qwen2-tokenizer"])
+@pytest.fixture(scope="module", params=["gpt2-tokenizer", "qwen2-tokenizer"])
+def real_tokenizer(shared_dir: Path, request: pytest.FixtureRequest) -> Tokenizer:
+    return AutoTokenizer(shared_dir / "data" / request.param)
+
+
 @pytest.mark.parametrize("text", TEXTS)
-def test_real_tokenizers(shared_dir: Path, folder: str, text: str) -> None:
-    tokenizer = AutoTokenizer(shared_dir / "data" / folder)
-    output = tokenizer.encode(text, add_special_tokens=False)
-    found = pieces(tokenizer, tokenizer.encode("Hello"), output)
-    assert "".join(found) == tokenizer.decode(output)
+def test_real_tokenizers(real_tokenizer: Tokenizer, text: str) -> None:
+    output = real_tokenizer.encode(text, add_special_tokens=False)
+    found = pieces(real_tokenizer, real_tokenizer.encode("Hello"), output)
+    assert "".join(found) == real_tokenizer.decode(output)
     assert not any(INCOMPLETE in piece for piece in found)
 
 

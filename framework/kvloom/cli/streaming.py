@@ -10,6 +10,7 @@ import structlog
 
 from kvloom.live_request import Call, OnText
 from kvloom.llm import LLM
+from kvloom.logs import console
 from kvloom.outputs import RequestOutput
 from kvloom.params import SamplingParams
 
@@ -49,7 +50,7 @@ def quiet_logs(quiet: bool) -> Iterator[None]:
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger("warning"),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        processors=[structlog.processors.add_log_level, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())],
+        processors=[structlog.processors.add_log_level, console()],
     )
     try:
         yield
