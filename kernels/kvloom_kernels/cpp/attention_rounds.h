@@ -190,11 +190,12 @@ inline void softmax_round(const Attend& s, Rows<T>& w, int m, float* scores, con
     w.total[m] += sum(total);
 }
 
-// Rows [m, m + R) of an item against the groups of one round, which begin at `positions`.
+// Rows [m, m + R) of an item against the groups of one round, which begin at `positions`. Whoever is the first with them fetches what
+// comes one round later.
 template <class T, int R>
-void one_round(const Attend& s, Rows<T>& w, int m, const Keys<T>* groups, int count, const int64_t* positions) {
+void one_round(const Attend& s, Rows<T>& w, int m, const Keys<T>* groups, int count, const int64_t* positions, bool is_first) {
     alignas(64) float scores[R][GROUPS * LANES];
-    auto fetches = [&](int g) { return m == 0 && groups[g].next_keys; };
+    auto fetches = [&](int g) { return is_first && groups[g].next_keys; };
     int g = 0;
     for (; g + 2 <= count; g += 2) scores_of<T, R, 2>(w, m, groups + g, g, fetches(g) && fetches(g + 1), scores);
     if (g < count) scores_of<T, R, 1>(w, m, groups + g, g, fetches(g), scores);
@@ -204,7 +205,7 @@ void one_round(const Attend& s, Rows<T>& w, int m, const Keys<T>* groups, int co
     float* out = w.out.data() + m * row_width(s);
     for (g = 0; g < count; g++) {
         int64_t column = 0;
-        bool fetches = m == 0 && groups[g].next_values;
+        bool fetches = is_first && groups[g].next_values;
         for (; column + C * LANES <= s.value_dim; column += C * LANES) add_values<T, R, C>(s, factors, g, groups[g], out, column, fetches);
         for (; column < s.value_dim; column += LANES) add_values<T, R, 1>(s, factors, g, groups[g], out, column, fetches);
     }
@@ -227,10 +228,11 @@ template <class T> struct RoundByVectors {
 
 private:
     static void head(const Attend& s, Rows<T>& w, int m, int end, const Keys<T>* groups, int count, const int64_t* positions) {
-        for (; m + 4 <= end; m += 4) one_round<T, 4>(s, w, m, groups, count, positions);
-        if (end - m == 3) one_round<T, 3>(s, w, m, groups, count, positions);
-        if (end - m == 2) one_round<T, 2>(s, w, m, groups, count, positions);
-        if (end - m == 1) one_round<T, 1>(s, w, m, groups, count, positions);
+        int first = m;
+        for (; m + 4 <= end; m += 4) one_round<T, 4>(s, w, m, groups, count, positions, m == first);
+        if (end - m == 3) one_round<T, 3>(s, w, m, groups, count, positions, m == first);
+        if (end - m == 2) one_round<T, 2>(s, w, m, groups, count, positions, m == first);
+        if (end - m == 1) one_round<T, 1>(s, w, m, groups, count, positions, m == first);
     }
 };
 
