@@ -138,3 +138,25 @@ def test_token_attention_with_windows_and_soft_caps(dtype: torch.dtype, dim: int
 @EACH_DTYPE
 def test_token_attention_over_thousands(dtype: torch.dtype, threads: int) -> None:
     assert_tokens([2050, 1, 1023], Scores(PEAK / 8, causal=False), dtype, 2, 64, 64, kv_heads=1)
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("group", [1, 2, 3, 4])
+@pytest.mark.parametrize("context", [29, 77, 600])
+def test_the_bits_of_a_query_are_the_same_however_many_are_computed_with_it(dtype: torch.dtype, group: int, context: int) -> None:
+    """Rows are taken some at a time, and keys in groups: whichever a query falls in, its sums have one order."""
+    generator, dim, kv_heads = torch.Generator().manual_seed(context), 72, 2
+    blocks = -(-context // BLOCK)
+    caches = [torch.randn(blocks, kv_heads, BLOCK, dim, generator=generator).to(dtype) for _ in range(2)]
+    table, contexts = torch.arange(blocks, dtype=torch.int32)[None], torch.tensor([context], dtype=torch.int32)
+    q = heads_of(context, kv_heads * group, dim, dtype, generator)
+
+    def last(count: int) -> torch.Tensor:
+        out, workspace = torch.empty(count, kv_heads * group, dim, dtype=dtype), torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8)
+        return paged_attention(q[-count:], *kernel_caches(*caches), table, torch.tensor([0, count], dtype=torch.int32), contexts,
+                               Scores(PEAK * dim**-0.5), BLOCK, workspace, out)[-1]
+
+    alone = last(1)
+    assert torch.isfinite(alone).all()
+    for count in (2, 3, 4, 5, 6, 7, 13, 22, context):
+        assert torch.equal(last(count), alone), count

@@ -56,26 +56,21 @@ inline void multiply_all(floats (&sums)[R][N], const typename Pairs<T>::Factor* 
         for (int n = 0; n < N; n++) Pairs<T>::multiply(sums[r][n], factors[r * row_factors], read[n]);
 }
 
-// Scores of R rows against each key of G groups, the first of which is the `place`-th of its round.
+// Scores of R rows against each key of G groups, the first of which is the `place`-th of its round. Whatever R and G are, a score is one sum.
 template <class T, int R, int G>
 inline void scores_of(const Rows<T>& w, int m, const Keys<T>* groups, int place, bool fetches, float (*scores)[GROUPS * LANES]) {
-    constexpr int TURNS = R * G < 8 ? 2 : 1;  // sums of a score, to hide the latency of few
-    floats sums[TURNS][R][G] = {};
+    floats sums[R][G] = {};
     const auto* q = w.q.data() + m * w.q_steps;
-    auto add = [&](int turn, int64_t i) {
+    for (int64_t i = 0; i < w.q_steps; i++) {
         typename Pairs<T>::Read keys[G];
         for (int g = 0; g < G; g++) {
             if (fetches) __builtin_prefetch(groups[g].next_keys + i * groups[g].stride);
             keys[g] = Pairs<T>::read(groups[g].keys + i * groups[g].stride);
         }
-        multiply_all<T, R, G>(sums[turn], q + i, w.q_steps, keys);
-    };
-    int64_t i = 0;
-    for (; i + TURNS <= w.q_steps; i += TURNS)
-        for (int turn = 0; turn < TURNS; turn++) add(turn, i + turn);
-    if (i < w.q_steps) add(0, i);
+        multiply_all<T, R, G>(sums, q + i, w.q_steps, keys);
+    }
     for (int r = 0; r < R; r++)
-        for (int g = 0; g < G; g++) store<float>(scores[r] + (place + g) * LANES, TURNS == 1 ? sums[0][r][g] : sums[0][r][g] + sums[TURNS - 1][r][g]);
+        for (int g = 0; g < G; g++) store<float>(scores[r] + (place + g) * LANES, sums[r][g]);
 }
 
 // Weights of LANES keys as values take them, and what they are then.
@@ -195,10 +190,10 @@ inline void softmax_round(const Attend& s, Rows<T>& w, int m, float* scores, con
 template <class T, int R>
 void one_round(const Attend& s, Rows<T>& w, int m, const Keys<T>* groups, int count, const int64_t* positions, bool is_first) {
     alignas(64) float scores[R][GROUPS * LANES];
-    auto fetches = [&](int g) { return is_first && groups[g].next_keys; };
+    constexpr int G = R < 3 ? 4 : 2;  // as many sums as hide the latency of each
     int g = 0;
-    for (; g + 2 <= count; g += 2) scores_of<T, R, 2>(w, m, groups + g, g, fetches(g) && fetches(g + 1), scores);
-    if (g < count) scores_of<T, R, 1>(w, m, groups + g, g, fetches(g), scores);
+    for (; g + G <= count; g += G) scores_of<T, R, G>(w, m, groups + g, g, is_first && groups[g + G - 1].next_keys, scores);
+    for (; g < count; g++) scores_of<T, R, 1>(w, m, groups + g, g, is_first && groups[g].next_keys, scores);
     typename Pairs<T>::Factor factors[R][GROUPS][LANES / Pairs<T>::SIDE];
     for (int r = 0; r < R; r++) softmax_round<T>(s, w, m + r, scores[r], groups, count, positions, factors[r][0]);
     constexpr int C = LANES == 16 || R == 1 ? 4 : 2;  // as many sums as there are registers for

@@ -44,6 +44,18 @@ inline floats widen(halves bits) {
     return out;
 }
 
+// sum += a * b, rounded once. Compilers fuse some sums and not others, and then results depend on how many rows are computed together.
+inline void add_product(floats& sum, floats a, floats b) {
+#if defined(__AVX512F__)
+    sum = (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__AVX2__) && defined(__FMA__)
+    sum = (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+    sum += a * b;
+#endif
+}
+inline void add_product(floats& sum, float a, floats b) { add_product(sum, splat(a), b); }
+
 // What is read once: compilers would read it again for each use, where an instruction can.
 inline floats in_register(floats x) {
 #if defined(__x86_64__)

@@ -11,7 +11,7 @@ template <> struct Pairs<float> {
     typedef floats Read;
     static void get_all(const float* x, int64_t size, Factor* out) { std::memcpy(out, x, size * sizeof(float)); }
     static Read read(const float* b) { return load<float>(b); }
-    static void multiply(floats& sum, Factor a, Read b) { sum += a * b; }
+    static void multiply(floats& sum, Factor a, Read b) { add_product(sum, a, b); }
 };
 
 template <> struct Pairs<bf16> {
@@ -52,8 +52,8 @@ template <> struct Pairs<bf16> {
         return {(floats)(both << 16), (floats)(both & 0xffff0000u)};
     }
     static void multiply(floats& sum, Factor a, Read b) {
-        sum += a.even * b.even;
-        sum += a.odd * b.odd;
+        add_product(sum, a.even, b.even);
+        add_product(sum, a.odd, b.odd);
     }
 #endif
 };

@@ -55,8 +55,8 @@ typedef float Multiplied;
 template <int R> inline void multiply(floats* low, floats* high, const float* x, int64_t x_stride, bool, const float* first, const float* second) {
     floats a = load<float>(first), b = load<float>(second);
     for (int r = 0; r < R; r++) {
-        low[r] += x[r * x_stride] * a;
-        high[r] += x[r * x_stride] * b;
+        add_product(low[r], x[r * x_stride], a);
+        add_product(high[r], x[r * x_stride], b);
     }
 }
 
@@ -89,10 +89,10 @@ template <int R> inline void multiply(floats* low, floats* high, const float* x,
     words a = read_words(first), b = read_words(second);
     floats a_even = (floats)(a << 16), b_even = (floats)(b << 16), a_odd = (floats)(a & 0xffff0000u), b_odd = (floats)(b & 0xffff0000u);
     for (int r = 0; r < R; r++) {
-        low[r] += x[r * x_stride] * a_even;
-        high[r] += x[r * x_stride] * b_even;
-        low[r] += x[r * x_stride + 1] * a_odd;
-        high[r] += x[r * x_stride + 1] * b_odd;
+        add_product(low[r], x[r * x_stride], a_even);
+        add_product(high[r], x[r * x_stride], b_even);
+        add_product(low[r], x[r * x_stride + 1], a_odd);
+        add_product(high[r], x[r * x_stride + 1], b_odd);
     }
 }
 #endif

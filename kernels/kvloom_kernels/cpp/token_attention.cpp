@@ -59,7 +59,7 @@ template <int N> __attribute__((noinline)) void dots(const float* queries, int64
     for (int64_t d = 0; d < dim; d++) {
         for (int v = 0; v < VECTORS; v++) q[v] = in_register(load<float>(queries + d * QUERIES + v * LANES));
         for (int j = 0; j < N; j++)
-            for (int v = 0; v < VECTORS; v++) sums[j][v] += keys[j * width + d] * q[v];
+            for (int v = 0; v < VECTORS; v++) add_product(sums[j][v], keys[j * width + d], q[v]);
     }
     for (int j = 0; j < N; j++)
         for (int v = 0; v < VECTORS; v++) store<float>(scores + j * QUERIES + v * LANES, sums[j][v]);
@@ -92,7 +92,7 @@ __attribute__((noinline)) void add_values(const float* weights, int64_t count, c
     for (int64_t j = 0; j < count; j++) {
         for (int v = 0; v < VECTORS; v++) weight[v] = in_register(load<float>(weights + j * QUERIES + v * LANES));
         for (int d = 0; d < SUMS; d++)
-            for (int v = 0; v < VECTORS; v++) sums[d][v] += values[j * width + d] * weight[v];
+            for (int v = 0; v < VECTORS; v++) add_product(sums[d][v], values[j * width + d], weight[v]);
     }
     for (int d = 0; d < SUMS; d++)
         for (int v = 0; v < VECTORS; v++) store<float>(out + d * QUERIES + v * LANES, sums[d][v] / totals[v]);
