@@ -19,6 +19,8 @@ namespace {
 
 constexpr int64_t BLOCK_BYTES = 512 * 1024;  // of rows that are multiplied with all panels before the next ones
 constexpr int64_t STREAMED_BYTES = 8 * 1024 * 1024;
+constexpr int64_t RUN_BYTES = 192 * 1024;  // of a weight that few rows read: memory is read faster in long runs
+constexpr int64_t LEAST_RUNS = 4;          // of a thread, so that none waits long for another
 
 struct Product {
     const void *x, *weight, *bias;
@@ -239,6 +241,10 @@ template <class T, class O, class Multiply> void product(const Product& p, const
     Multiplication<T, O, Multiply> multiplication(p);
     // Pairs whose results share a line are one thread's: or else two cores would take it from each other row by row.
     int64_t pair_bytes = (p.finish ? 1 : 2) * PANEL * int64_t(sizeof(O)), run = pair_bytes < 64 ? 64 / pair_bytes : 1;
+    if (!Multiply::IS_FAST && p.rows <= STREAMED_ROWS) {
+        int64_t weight_bytes = 2 * panel_elements<T>(p.k) * int64_t(sizeof(T));
+        run = std::max(run, std::min(RUN_BYTES / weight_bytes, pairs / (LEAST_RUNS * team.size)));
+    }
     int64_t total = blocks * pairs, next = team.take(run);
     auto following = [&](int64_t i) { return (i + 1) % run ? i + 1 : team.take(run); };
     for (int64_t i; (i = next) < total;) {
