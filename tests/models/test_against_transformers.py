@@ -20,6 +20,8 @@ RUNS = {1: [(True, False), (False, True)], 8: [(True, False), (False, True)],
         33: [(preempt, warm) for preempt in (False, True) for warm in (False, True)]}
 """By requests at once: is each preempted, and is there a cache of the run before?"""
 SMALLEST_GAP, LOGIT_TOLERANCE = 1e-3, 1e-4
+OF_THE_LARGEST = 8e-6
+"""Tolerance of logits that are large: with YaRN they reach 32, and transformers' own in float32 are off by 5e-5 from those in float64."""
 GREEDY = SamplingParams(temperature=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
 
 
@@ -133,4 +135,5 @@ def test_logits(truth: Truth, backend: str, most_tokens: int) -> None:
         for prompt, expected in (by_length[0], by_length[len(by_length) // 2], by_length[-1]):
             recorder.seen.clear()
             llm.generate([prompt], GREEDY, use_tqdm=False)
-            torch.testing.assert_close(torch.cat(recorder.seen), expected, atol=LOGIT_TOLERANCE, rtol=0)
+            tolerance = max(LOGIT_TOLERANCE, OF_THE_LARGEST * float(expected.abs().max()))
+            torch.testing.assert_close(torch.cat(recorder.seen), expected, atol=tolerance, rtol=0)
