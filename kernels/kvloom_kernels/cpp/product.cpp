@@ -187,11 +187,11 @@ public:
 
     // One pair of panels times the rows [begin, end); then comes `next`, or none if it is negative.
     void panels_times(int64_t pair, int64_t begin, int64_t end, int64_t next) {
-        Panels panels = panels_of(pair);
+        Panels<T> panels = panels_of(pair);
         input_.set(begin, end);
         int64_t tiles = Multiply::tiles(end - begin), steps = tiles * Multiply::steps_of(p_.k);
         if (next >= 0 && steps) {
-            Panels follow = panels_of(next);
+            Panels<T> follow = panels_of(next);
             ahead_.set(follow.first, follow.second, panel_elements<T>(p_.k) * sizeof(T), steps);
         }
         for (int64_t t = 0; t < tiles; t++) {
@@ -199,7 +199,7 @@ public:
             O* to = (O*)p_.out + row * p_.out_stride;
             Results results{(const char*)(to + panels.feature), p_.out_stride * int64_t(sizeof(O)), are_streamed_};
             float* sums = sums_[turn_ = 1 - turn_];
-            multiply_(input_.rows(row, count), panels.first, panels.second, results, sums, [&] {
+            multiply_(input_.rows(row, count), panels, results, sums, [&] {
                 pending_.store(2);
                 ahead_.fetch();
             });
@@ -209,17 +209,13 @@ public:
     }
 
 private:
-    struct Panels {
-        const T *first, *second;
-        int64_t feature;  // the first of `first`
-    };
-
     // Neighbours, or the same place of either half.
-    Panels panels_of(int64_t pair) const {
+    Panels<T> panels_of(int64_t pair) const {
         int64_t count = (p_.n + PANEL - 1) / PANEL, elements = panel_elements<T>(p_.k);
         int64_t one = p_.finish ? pair : 2 * pair, other = p_.finish ? count / 2 + pair : 2 * pair + 1;
         if (other >= count) other = one;  // its sums are not stored
-        return {(const T*)p_.weight + one * elements, (const T*)p_.weight + other * elements, one * PANEL};
+        int64_t skipped_bytes = p_.finish ? 0 : elements * int64_t(sizeof(T));
+        return {(const T*)p_.weight + one * elements, (const T*)p_.weight + other * elements, one * PANEL, skipped_bytes};
     }
 
     const Product& p_;

@@ -19,7 +19,7 @@ public:
 
     // Calls `between` once for each step along k.
     template <class Between>
-    void operator()(const Rows<bf16>& rows, const bf16* first, const bf16* second, const Results& results, float* sums, const Between& between) {
+    void operator()(const Rows<bf16>& rows, const Panels<bf16>& panels, const Results& results, float* sums, const Between& between) {
         uint8_t above = uint8_t(rows.count < TILE_ROWS_MOST ? rows.count : TILE_ROWS_MOST), below = uint8_t(rows.count - above);
         uint8_t low = below ? below : above;
         shapes_.set({above, above, low, low, above, low, 16, 16});
@@ -28,12 +28,12 @@ public:
         if (below) {
             _tile_zero(2);
             _tile_zero(3);
-            multiply<true>(rows, first, second, results, between);
+            multiply<true>(rows, panels, results, between);
             float* low_sums = sums + TILE_ROWS_MOST * 2 * PANEL;
             _tile_stored(2, low_sums, SUMS_BYTES);
             _tile_stored(3, low_sums + PANEL, SUMS_BYTES);
         } else {
-            multiply<false>(rows, first, second, results, between);
+            multiply<false>(rows, panels, results, between);
         }
         _tile_stored(0, sums, SUMS_BYTES);
         _tile_stored(1, sums + PANEL, SUMS_BYTES);
@@ -44,13 +44,13 @@ private:
     TileShapes shapes_;
 
     template <bool BELOW, class Between>
-    void multiply(const Rows<bf16>& rows, const bf16* first, const bf16* second, const Results& results, const Between& between) {
+    void multiply(const Rows<bf16>& rows, const Panels<bf16>& panels, const Results& results, const Between& between) {
         int64_t x_bytes = rows.stride * sizeof(bf16);
         const bf16* x_below = rows.x + TILE_ROWS_MOST * rows.stride;
         for (int64_t i = 0; i < rows.k; i += TILE_DEPTH) {
             results.fetch(i / TILE_DEPTH, rows.count);
-            _tile_loadd(6, first + i * PANEL, WEIGHT_BYTES);
-            _tile_loadd(7, second + i * PANEL, WEIGHT_BYTES);
+            _tile_loadd(6, panels.first + i * PANEL, WEIGHT_BYTES);
+            _tile_loadd(7, panels.second + i * PANEL, WEIGHT_BYTES);
             _tile_loadd(4, rows.x + i, x_bytes);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);

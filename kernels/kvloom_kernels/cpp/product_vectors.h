@@ -23,7 +23,14 @@ template <class T> struct Rows {
     int64_t stride, count, k;
 };
 
-// Where their results go. The lines are mostly in another core's cache: writing waits for each, unless it was asked for before.
+// Two panels that they are multiplied with.
+template <class T> struct Panels {
+    const T *first, *second;
+    int64_t feature;        // the first of `first`
+    int64_t skipped_bytes;  // what lies between each of them and the one that is multiplied after it
+};
+
+// Where the results go. The lines are mostly in another core's cache: writing waits for each, unless it was asked for before.
 struct Results {
     const char* first;
     int64_t stride_bytes;
@@ -43,7 +50,7 @@ template <int R> inline void put(float* out, const floats* low, const floats* hi
     }
 }
 
-inline void fetch(const void* from) { __builtin_prefetch((const char*)from + AHEAD_BYTES); }
+inline void fetch(const void* from, int64_t ahead_bytes) { __builtin_prefetch((const char*)from + ahead_bytes); }
 
 #ifdef __AVX512BF16__
 typedef bf16 Multiplied;  // what rows of bfloat16 are when they are multiplied
@@ -98,14 +105,16 @@ template <int R> inline void multiply(floats* low, floats* high, const float* x,
 #endif
 
 // out[r] = x[r] times two panels: [R][2][PANEL].
-template <class X, class T, int R> void tile(const X* x, int64_t x_stride, int64_t k, const T* first, const T* second, float* out) {
+template <class X, class T, int R> void tile(const X* x, int64_t x_stride, int64_t k, const Panels<T>& panels, float* out) {
     floats low[R] = {}, high[R] = {};
+    const T *first = panels.first, *second = panels.second;
     int64_t last = steps<T>(k) - 1;
-    constexpr int64_t STEP = SIDE<T> * PANEL;
+    constexpr int64_t STEP = SIDE<T> * PANEL, AHEAD_STEPS = AHEAD_BYTES / (STEP * int64_t(sizeof(T)));
     for (int64_t i = 0; i < last; i++) {
         if (R <= STREAMED_ROWS) {
-            fetch(first + i * STEP);
-            fetch(second + i * STEP);
+            int64_t ahead_bytes = i + AHEAD_STEPS <= last ? AHEAD_BYTES : AHEAD_BYTES + panels.skipped_bytes;
+            fetch(first + i * STEP, ahead_bytes);
+            fetch(second + i * STEP, ahead_bytes);
         }
         multiply<R>(low, high, x + i * SIDE<T>, x_stride, false, first + i * STEP, second + i * STEP);
     }
@@ -125,13 +134,13 @@ template <class T> struct ByVectors {
     static constexpr bool IS_FAST = false;
     static int64_t steps_of(int64_t) { return 0; }
 
-    template <class Between> void operator()(const Rows<X>& rows, const T* first, const T* second, const Results&, float* sums, const Between&) {
+    template <class Between> void operator()(const Rows<X>& rows, const Panels<T>& panels, const Results&, float* sums, const Between&) {
         static constexpr auto TILES = tiles_of(std::make_integer_sequence<int, MOST_ROWS>{});
-        TILES[rows.count - 1](rows.x, rows.stride, rows.k, first, second, sums);
+        TILES[rows.count - 1](rows.x, rows.stride, rows.k, panels, sums);
     }
 
 private:
-    typedef void Tile(const X*, int64_t, int64_t, const T*, const T*, float*);
+    typedef void Tile(const X*, int64_t, int64_t, const Panels<T>&, float*);
     template <int... R> static constexpr std::array<Tile*, MOST_ROWS> tiles_of(std::integer_sequence<int, R...>) { return {tile<X, T, R + 1>...}; }
 };
 
