@@ -145,8 +145,8 @@ class Measurement:
         file = os.environ.get("KVLOOM_BENCH_GGUF") if engine.name == "llamacpp" else str(self._directory)
         if not python or file is None:
             return None
-        return [python, str(HERE / "bench_engine"), engine.name, file, *self._options, *engine.options, "--dtype", self._dtype_of(engine),
-                "--stay"]
+        return [python, str(HERE / "bench_engine"), engine.name, file, *self._options, *engine.options,
+                "--dtype", self._dtype_of(engine), "--stay"]
 
     def _staying_round(self, label: str, command: Sequence[str], number: int) -> dict[str, float]:
         if label not in self._staying:
