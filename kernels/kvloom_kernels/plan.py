@@ -33,12 +33,16 @@ class Plan:
 
     Args:
         rows: of the step that is recorded. Each call must work on a multiple of them, row after row.
+        ranges: that the rows are cut into, by numbers that the calls read; no multiple of the rows. A call may work on them instead,
+            then always on all.
+        computed_rows: of the rows, while it is recorded; None: all.
     """
 
-    def __init__(self, rows: int) -> None:
-        self.rows = self._replayed_rows = rows
+    def __init__(self, rows: int, ranges: int | None = None, computed_rows: int | None = None) -> None:
+        self.rows, self._ranges = rows, ranges
+        self._computed_rows = rows if computed_rows is None else computed_rows
         self._arguments: list[Any] = []
-        self._row_counts: list[int] = []
+        self._counted: list[tuple[Any, int]] = []  # arguments, and how often they have the rows of the step
         self._kernels: list[int] = []
         self._calls: ctypes.Array[Call] | None = None
         self._kept: list[Any] = []
@@ -47,12 +51,15 @@ class Plan:
         return len(self._kernels)
 
     def add(self, kernel: int, arguments: Any) -> None:
-        """One more call. Raises `NotRecordableError`."""
-        if arguments.rows % self.rows:
-            raise NotRecordableError(f"a kernel works on {arguments.rows} rows of a step of {self.rows}")
+        """One more call; from now on its arguments say as many rows as are computed. Raises `NotRecordableError`."""
+        if arguments.rows != self._ranges:
+            count, rest = divmod(arguments.rows, self.rows)
+            if rest:
+                raise NotRecordableError(f"a kernel works on {arguments.rows} rows of a step of {self.rows}")
+            self._counted.append((arguments, count))
+            arguments.rows = self._computed_rows * count
         self._kernels.append(kernel)
         self._arguments.append(arguments)
-        self._row_counts.append(arguments.rows // self.rows)
         self._calls = None
 
     def keep(self, *owners: Any) -> None:
@@ -62,9 +69,9 @@ class Plan:
     def replay(self, rows: int | None = None) -> None:
         """Run all calls, in order, for the first `rows` rows; None: for all."""
         rows = self.rows if rows is None else rows
-        if rows != self._replayed_rows:
-            self._replayed_rows = rows
-            for arguments, count in zip(self._arguments, self._row_counts, strict=True):
+        if rows != self._computed_rows:
+            self._computed_rows = rows
+            for arguments, count in self._counted:
                 arguments.rows = rows * count
         if self._calls is None:
             calls = [Call(k, ctypes.addressof(a)) for k, a in zip(self._kernels, self._arguments, strict=True)]

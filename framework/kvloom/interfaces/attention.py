@@ -117,6 +117,9 @@ class AttentionBackend(ABC):
 
     graph_support = False
     """Whether `write` and `attend` may be captured and replayed: fixed buffers, no host branches on batch contents."""
+    range_graph_support = False
+    """Whether a step may also be captured once for all others: `write` and `attend` follow from what the batch's tensors hold alone.
+    They are those of the longest step; tokens beyond the last range are nobody's, ranges beyond it are empty, with a context of 0."""
     row_invariant = False
     """Whether a token's result has the same bits whatever other rows the step has, and however its sequence was cut into steps.
     What ``deterministic=True`` asks for."""

@@ -59,10 +59,17 @@ class PlanCapture(Capture):
 
     def record(self, compute: Callable[[], Sequence[Tensor]], rows: int) -> tuple[Replay, tuple[Tensor, ...]]:
         """See `Capture.record`."""
-        plan = Plan(rows)
+        return self._record(compute, Plan(rows))
+
+    def record_ranges(self, compute: Callable[[], Sequence[Tensor]], rows: int, ranges: int,
+                      computed_rows: int) -> tuple[Replay, tuple[Tensor, ...]]:
+        """See `Capture.record`, for rows that are cut into ranges; see `Plan`."""
+        return self._record(compute, Plan(rows, ranges, computed_rows))
+
+    def _record(self, compute: Callable[[], Sequence[Tensor]], plan: Plan) -> tuple[Replay, tuple[Tensor, ...]]:
         with recorded(plan), scratch_from(self._arena), OnlyViews(self._arena):
             results = compute()
-            if any(r.shape[0] != rows or not self._arena.holds(r) for r in results):
+            if any(r.shape[0] != plan.rows or not self._arena.holds(r) for r in results):
                 raise NotRecordableError("its results are no rows of a kernel's result")
             fixed = tuple(self._arena.alias(r) for r in results)
         plan.keep(self._arena)

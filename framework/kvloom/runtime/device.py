@@ -126,6 +126,14 @@ class ComputeDevice(ABC):
             step_bytes: what the largest of them takes, with its results.
         """
 
+    def range_capture(self, step_bytes: int) -> PlanCapture | None:
+        """How it repeats steps whose tokens are cut into other ranges each time; None where it cannot.
+
+        Args:
+            step_bytes: what the largest of them takes.
+        """
+        return None
+
     @abstractmethod
     def captured_bytes(self, step_bytes: int) -> int:
         """Memory to plan for captured steps, beside what a step that is not captured takes."""
@@ -227,6 +235,10 @@ class CpuDevice(ComputeDevice):
 
     def capture(self, step_bytes: int) -> Capture:
         """See `ComputeDevice.capture`."""
+        return PlanCapture(Arena(step_bytes))
+
+    def range_capture(self, step_bytes: int) -> PlanCapture | None:
+        """See `ComputeDevice.range_capture`."""
         return PlanCapture(Arena(step_bytes))
 
     def captured_bytes(self, step_bytes: int) -> int:

@@ -15,6 +15,7 @@ from kvloom.interfaces.state import KVGroup
 from kvloom.runtime.batch import GroupIndices, StepIndices
 from kvloom.runtime.device import ComputeDevice
 from kvloom.runtime.graphs import Buffers, DecodeGraphs
+from kvloom.runtime.range_graph import RangeBuffers, RangeGraph
 from kvloom_kernels.scratch import scratch_from
 
 NO_GROUP = GroupIndices(np.zeros((0, 0), np.int32), np.zeros(0, np.int64))
@@ -83,20 +84,26 @@ class Forward:
         layers: what its layers work with.
         recorded_bytes: memory for recorded decode steps; 0 records none.
         scratch_bytes: memory for what other steps compute; what does not fit is allocated step by step, on fresh pages.
-        max_num_seqs, max_model_len: limits of steps that are recorded.
+        max_num_seqs, max_model_len, max_num_batched_tokens: limits of steps that are recorded.
     """
 
     def __init__(self, model: Model, comm: Comm, layers: LayerState, device: ComputeDevice, *, recorded_bytes: int = 0,
-                 scratch_bytes: int = 0, max_num_seqs: int = 1, max_model_len: int = 1) -> None:
+                 scratch_bytes: int = 0, max_num_seqs: int = 1, max_model_len: int = 1, max_num_batched_tokens: int = 1) -> None:
         self._model, self._comm, self._layers, self.device = model, comm, layers, device
         self._has_unstored = bool(layers.unstored)
         # Not that of recorded steps: whoever keeps a tensor of this one keeps its memory.
         self._scratch = device.scratch(scratch_bytes) if scratch_bytes else None
         self._graphs: DecodeGraphs | None = None
-        if recorded_bytes and all(b.graph_support and b.spec.stored for b in layers.backends.values()):
-            widths = [-(-max_model_len // g.block_tokens) for g in layers.groups]
-            self._graphs = DecodeGraphs(model, self._context, layers.refill, Buffers(max_num_seqs, widths, max_model_len, device),
-                                        device.capture(recorded_bytes))
+        self._range_graph: RangeGraph | None = None
+        if not recorded_bytes or not all(b.graph_support and b.spec.stored for b in layers.backends.values()):
+            return
+        widths = [-(-max_model_len // g.block_tokens) for g in layers.groups]
+        self._graphs = DecodeGraphs(model, self._context, layers.refill, Buffers(max_num_seqs, widths, max_model_len, device),
+                                    device.capture(recorded_bytes))
+        capture = device.range_capture(scratch_bytes)
+        if capture is not None and max_num_batched_tokens > 1 and all(b.range_graph_support for b in layers.backends.values()):
+            buffers = RangeBuffers(max_num_batched_tokens, max_num_seqs, widths, max_model_len, device)
+            self._range_graph = RangeGraph(model, self._context, layers.refill, buffers, capture)
 
     def run(self, indices: StepIndices) -> Computed:
         """Compute a step."""
@@ -105,6 +112,10 @@ class Forward:
             done = self._graphs.run(indices)
             if done is not None:
                 return Computed(done.hidden, ForwardContext(self._comm, ()), done.logits)
+        if self._range_graph is not None and not indices.extras:
+            hidden = self._range_graph.run(indices)
+            if hidden is not None:
+                return Computed(hidden, ForwardContext(self._comm, ()))
         ctx = self._context(self._batches(indices))
         inputs = ModelInputs(
             token_ids=self.device.put(indices.token_ids), positions=self.device.put(indices.positions)[None],
@@ -114,12 +125,13 @@ class Forward:
 
     def forget_recorded(self) -> None:
         """See `Worker.forget_recorded`."""
-        if self._graphs is not None:
-            self._graphs.forget()
+        for recorded in (self._graphs, self._range_graph):
+            if recorded is not None:
+                recorded.forget()
 
     def close(self) -> None:
         """Let go of recorded steps, which refer to the model and to this."""
-        self._graphs = None
+        self._graphs = self._range_graph = None
 
     def _context(self, batches: Sequence[AttentionBatch]) -> ForwardContext:
         return ForwardContext(self._comm, self._layers.steps(batches))

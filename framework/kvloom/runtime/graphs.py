@@ -1,4 +1,4 @@
-"""Decode steps, recorded once and repeated.
+"""Decode steps, recorded once and repeated. `range_graph` does the same for steps with prompts.
 
 A recorded step has fixed inputs (buffers that each step fills) and fixed memory for its results. It is recorded while it runs for the
 first time, for a number of rows that the device's way to record chooses (`Capture.size`), and serves steps of as many rows or fewer.
@@ -9,7 +9,7 @@ equal results; the log says once what it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -22,6 +22,7 @@ from kvloom.runtime.capture import Capture, Replay, patch_problem
 from kvloom.runtime.device import ComputeDevice, FixedShape, fixed_arrays
 from kvloom_kernels.plan import NotRecordableError
 
+Recording = TypeVar("Recording")
 MakeContext = Callable[[Sequence[AttentionBatch]], ForwardContext]
 """From one batch a KV group to what a model's forward is given."""
 
@@ -82,6 +83,33 @@ class Buffers:
         ) for table, slots in zip(self.tables, self.slots, strict=True)]
 
 
+class Recorder:
+    """Records a model's steps, until one cannot be.
+
+    Attributes:
+        problem: why no step can be recorded; None while none was tried, or when it worked.
+
+    Args:
+        model: it records.
+        steps: what it records, for the log.
+    """
+
+    def __init__(self, model: Model, steps: str) -> None:
+        self.model, self._steps = model, steps
+        self.problem: str | None = None
+
+    def try_to(self, record: Callable[[], Recording]) -> Recording | None:
+        """What `record` gives; None where it raises `NotRecordableError`, then and from then on."""
+        try:
+            if (problem := patch_problem(self.model)) is not None:
+                raise NotRecordableError(problem)
+            return record()
+        except NotRecordableError as error:
+            self.problem = str(error)
+            get_logger().info(f"{self._steps} run call by call", reason=self.problem)
+            return None
+
+
 class _Recorded(NamedTuple):
     replay: Replay
     outputs: DecodeOutputs
@@ -90,9 +118,6 @@ class _Recorded(NamedTuple):
 
 class DecodeGraphs:
     """Decode steps of one runner.
-
-    Attributes:
-        problem: why no step can be recorded; None while none was tried, or when it worked.
 
     Args:
         model: it records.
@@ -103,18 +128,18 @@ class DecodeGraphs:
     """
 
     def __init__(self, model: Model, make_context: MakeContext, refill: Refill, buffers: Buffers, capture: Capture) -> None:
-        self._model, self._make_context, self._refill, self._buffers, self._capture = model, make_context, refill, buffers, capture
+        self._recorder = Recorder(model, "decode steps")
+        self._make_context, self._refill, self._buffers, self._capture = make_context, refill, buffers, capture
         self._recorded: dict[int, _Recorded] = {}
-        self.problem: str | None = None
 
     def forget(self) -> None:
         """Record again: the model may have changed."""
         self._recorded.clear()
-        self.problem = None
+        self._recorder.problem = None
 
     def run(self, indices: StepIndices) -> DecodeOutputs | None:
         """Compute a step of one token a row, all of which are sampled; None where that has to be done call by call."""
-        if self.problem is not None:
+        if self._recorder.problem is not None:
             return None
         rows = len(indices.rows)
         size = self._capture.size(rows, self._recorded, self._buffers.rows)
@@ -123,24 +148,18 @@ class DecodeGraphs:
         if found is not None:
             self._refill(found.kept[1].layers, self._buffers.batches(rows))
             found.replay(rows)
-        elif (found := self._record(size)) is None:
+        elif (found := self._recorder.try_to(lambda: self._record(size))) is None:
             return None
         return DecodeOutputs(found.outputs.hidden[:rows], found.outputs.logits[:rows])
 
-    def _record(self, rows: int) -> _Recorded | None:
+    def _record(self, rows: int) -> _Recorded:
         inputs, ctx = self._buffers.inputs(rows), self._make_context(self._buffers.batches(rows))
+        model = self._recorder.model
 
         def compute() -> tuple[Tensor, Tensor]:
-            hidden = self._model.forward(inputs, ctx).hidden
-            return hidden, self._model.logits(hidden, ctx)
+            hidden = model.forward(inputs, ctx).hidden
+            return hidden, model.logits(hidden, ctx)
 
-        try:
-            if (problem := patch_problem(self._model)) is not None:
-                raise NotRecordableError(problem)
-            replay, (hidden, logits) = self._capture.record(compute, rows)
-        except NotRecordableError as error:
-            self.problem = str(error)
-            get_logger().info("decode steps run call by call", reason=self.problem)
-            return None
+        replay, (hidden, logits) = self._capture.record(compute, rows)
         self._recorded[rows] = _Recorded(replay, DecodeOutputs(hidden, logits), (inputs, ctx))
         return self._recorded[rows]

@@ -246,6 +246,7 @@ class DeviceWorker:
         config, dtype = self._source.config, self._source.dtype
         return Forward(built.model, self._comm, layers, self._device,
                        max_num_seqs=limits.max_num_seqs, max_model_len=limits.max_model_len,
+                       max_num_batched_tokens=limits.max_num_batched_tokens,
                        recorded_bytes=recorded_step_bytes(self._config, self._source, limits.max_num_seqs),
                        scratch_bytes=scratch_bytes(config, dtype, limits.max_num_batched_tokens))
 

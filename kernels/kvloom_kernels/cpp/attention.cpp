@@ -242,9 +242,11 @@ inline std::vector<Parts> share_out(const Attend& s, const std::vector<Item>& it
 // take as many as there are rows in a tile, unless that leaves too few items for the threads.
 inline int64_t heads_at_once(const Attend& s, int threads) {
     int64_t most = MAX_SPLIT_ROWS / (s.heads / s.kv_heads);
-    if (s.query_starts[s.rows] > s.rows || s.block_tokens % LANES || most < 2) return 1;
+    if (s.block_tokens % LANES || most < 2) return 1;
+    for (int64_t row = 0; row < s.rows; row++)
+        if (s.query_starts[row + 1] - s.query_starts[row] > 1) return 1;
     int64_t items = (s.kv_heads + most - 1) / most;  // of a row
-    return s.rows * items < 4 * threads ? 1 : (s.kv_heads + items - 1) / items;
+    return s.query_starts[s.rows] * items < 4 * threads ? 1 : (s.kv_heads + items - 1) / items;
 }
 
 template <class T, class Round> void attend(const Attend& s, const Team& team) {

@@ -17,7 +17,7 @@ from kvloom_plugins.attention.paged import PagedAttention, PagedMeta, are_togeth
 class CpuAttention(PagedAttention):
     """Keys and values lie as the kernel multiplies them, see `cache_shapes`."""
 
-    graph_support = True
+    graph_support = range_graph_support = True
     row_invariant = True
 
     def __init__(self, spec: AttentionSpec) -> None:
