@@ -20,6 +20,7 @@ from kvloom.runtime.batch import GroupIndices, StepIndices
 from kvloom.runtime.capture import PlanCapture
 from kvloom.runtime.device import CpuDevice
 from kvloom.runtime.graphs import Buffers
+from kvloom.runtime.range_graph import RangeBuffers
 from kvloom.testing.checkpoints import make_checkpoint
 from kvloom_kernels.attention import Scores
 from kvloom_kernels.norm import rms_norm
@@ -87,6 +88,32 @@ def test_layers_with_windows_and_others_are_recorded_together(tmp_path: Path, mo
     with LLM(str(directory), dtype="float32") as llm, replayed(monkeypatch) as seen:
         assert written(llm) == expected
         assert seen
+
+
+def test_prompts_are_recorded_once_and_repeated_whatever_their_lengths(small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[int] = []
+    original = PlanCapture.record_ranges
+    monkeypatch.setattr(PlanCapture, "record_ranges",
+                        lambda capture, compute, *given: (recorded.append(given[0]), original(capture, compute, *given))[1])
+    one = SamplingParams(temperature=0, max_tokens=1)
+    prompts = [{"prompt_token_ids": list(range(3, 3 + n))} for n in (9, 40, 3, 57)]
+    values = {"dtype": "float32", "max_num_seqs": 8, "max_num_batched_tokens": 64, "enable_prefix_caching": False}
+    with LLM(str(small_checkpoint), enforce_eager=True, **values) as llm:
+        expected = [o.outputs[0].token_ids for o in llm.generate(prompts, one, use_tqdm=False)]
+    with LLM(str(small_checkpoint), **values) as llm, replayed(monkeypatch) as seen:
+        assert [llm.generate(p, one, use_tqdm=False)[0].outputs[0].token_ids for p in prompts] == expected
+        assert [o.outputs[0].token_ids for o in llm.generate(prompts[::-1], one, use_tqdm=False)] == expected[::-1]
+        assert recorded == [64]
+        assert seen == [40, 3, 57, 64, 45]  # the last two: all of 57 and 7 of 3 and 40, then the other tokens
+
+
+def test_a_backend_that_needs_the_numbers_of_each_step_repeats_decode_steps_only(
+        small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CpuAttention, "range_graph_support", False)
+    with LLM(str(small_checkpoint), dtype="float32") as llm, replayed(monkeypatch) as seen:
+        written(llm)
+        assert seen
+        assert max(seen) <= len(PROMPTS)
 
 
 def test_a_batch_that_shrinks_records_nothing_more(small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,6 +293,29 @@ def test_without_room_nothing_is_recorded() -> None:
     x = torch.zeros(4, 16)
     with pytest.raises(NotRecordableError, match=r"torch \(empty\)"):
         PlanCapture(Arena(128)).record(lambda: (rms_norm(x, GAIN, 1e-5),), 4)
+
+
+@pytest.mark.parametrize(("tokens", "ranges"), [(64, 64), (32, 64), (64, 10), (2, 6), (3, 5)])
+def test_ranges_are_told_apart_from_tokens_by_their_number(tokens: int, ranges: int) -> None:
+    found = RangeBuffers(tokens, ranges, [2], 40, CpuDevice()).ranges
+    assert found >= ranges
+    assert found % tokens
+
+
+def test_ranges_beyond_a_step_are_empty() -> None:
+    buffers = RangeBuffers(6, 4, [3], 40, CpuDevice())
+    for starts, contexts in (([0, 1, 3, 5], [9, 2, 30]), ([0, 4], [4])):
+        tokens, ranges = starts[-1], len(contexts)
+        buffers.fill(StepIndices(
+            np.arange(ranges), np.array(starts, np.int32), np.array(contexts, np.int32), np.arange(tokens), np.arange(tokens) + 7,
+            (GroupIndices(np.full((ranges, 2), 5, np.int32), np.arange(tokens) + 80),), np.arange(ranges), {}))
+        batch = buffers.batches[0]
+        assert batch.query_starts.tolist() == starts + [tokens] * (5 - len(starts))
+        assert batch.context_tokens.tolist() == contexts + [0] * (4 - ranges)
+        assert batch.slots[:tokens].tolist() == [80 + i for i in range(tokens)]
+        assert batch.block_table[:ranges, :2].eq(5).all()
+        assert buffers.inputs.token_ids[:tokens].tolist() == list(range(tokens))
+        assert buffers.inputs.positions[0, :tokens].tolist() == [7 + i for i in range(tokens)]
 
 
 def test_rows_beyond_a_step_work_on_the_block_of_nobody() -> None:

@@ -6,9 +6,11 @@ Tensors are views of wider ones, and what nobody may read is NaN.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 
 import pytest
 import torch
+from torch.nn.functional import pad
 
 from kvloom_kernels.attention import WORKSPACE_BYTES, Scores, kernel_caches, paged_attention, paged_attention_reference
 from kvloom_kernels.native import problem
@@ -160,3 +162,26 @@ def test_the_bits_of_a_query_are_the_same_however_many_are_computed_with_it(dtyp
     assert torch.isfinite(alone).all()
     for count in (2, 3, 4, 5, 6, 7, 13, 22, context):
         assert torch.equal(last(count), alone), count
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("rows", [[(40, 1)] * 9, [(40, 1), (0, 23), (17, 4)], [(600, 1)]], ids=["decoding", "mixed", "long"])
+def test_ranges_beyond_the_step_are_empty(dtype: torch.dtype, rows: list[tuple[int, int]], threads: int) -> None:
+    """Recorded steps have more ranges than there are, which begin where the last one ends, and queries that are nobody's."""
+    generator, dim, heads, empty_ranges, others = torch.Generator().manual_seed(0), 64, 4, 30, 40
+    blocks = -(-max(before + new for before, new in rows) // BLOCK)
+    caches = kernel_caches(*(torch.randn(blocks * len(rows), 2, BLOCK, dim, generator=generator).to(dtype) for _ in range(2)))
+    tables = torch.arange(blocks * len(rows), dtype=torch.int32).view(len(rows), blocks)
+    starts = torch.tensor([0, *accumulate(new for _, new in rows)], dtype=torch.int32)
+    contexts, tokens = torch.tensor([before + new for before, new in rows], dtype=torch.int32), int(starts[-1])
+    q = heads_of(tokens + others, heads, dim, dtype, generator)
+
+    def attended(q: torch.Tensor, tables: torch.Tensor, starts: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
+        out, workspace = torch.full_like(q, 7), torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8)
+        return paged_attention(q, *caches, tables, starts, contexts, Scores(PEAK / 8), BLOCK, workspace, out)
+
+    expected = attended(q[:tokens], tables, starts, contexts)
+    found = attended(q, pad(tables, (0, 0, 0, empty_ranges), value=10**6), pad(starts, (0, empty_ranges), value=tokens),
+                     pad(contexts, (0, empty_ranges)))
+    assert torch.equal(found[:tokens], expected)
+    assert (found[tokens:] == 7).all()

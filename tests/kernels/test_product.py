@@ -15,7 +15,7 @@ from kvloom_kernels.activation import Finish
 from kvloom_kernels.linear import WeightShape, can_pack, lookup, pack, product, product_kind, product_reference, unpack
 from kvloom_kernels.native import problem
 from kvloom_kernels.norm import rms_norm, rms_norm_add
-from kvloom_kernels.plan import Plan, recorded
+from kvloom_kernels.plan import NotRecordableError, Plan, recorded
 from kvloom_kernels.scratch import Arena, scratch_from
 
 pytestmark = pytest.mark.skipif(problem() is not None, reason=f"the C++ kernels are not there: {problem()}")
@@ -146,6 +146,23 @@ def test_a_plan_computes_again_from_what_its_inputs_hold_then() -> None:
         x.copy_(random(5, 32, dtype=torch.float32, seed=seed))
         plan.replay()
         assert torch.equal(out, step())
+
+
+def test_a_plan_of_ranges_computes_as_many_rows_as_there_are_and_all_ranges() -> None:
+    gain, rows, ranges = torch.ones(16), random(8, 16, dtype=torch.float32), random(3, 16, dtype=torch.float32, seed=1)
+    plan, arena = Plan(8, ranges=3, computed_rows=5), Arena(2**16)
+    with recorded(plan), scratch_from(arena):
+        of_rows, of_ranges = rms_norm(rows, gain, 1e-5), rms_norm(ranges, gain, 1e-5)
+        with pytest.raises(NotRecordableError, match="works on 2 rows of a step of 8"):
+            rms_norm(ranges[:2], gain, 1e-5)
+    plan.keep(arena)
+    assert torch.equal(of_rows[:5], rms_norm(rows[:5], gain, 1e-5))
+    assert torch.equal(of_ranges, rms_norm(ranges, gain, 1e-5))
+    of_rows.zero_(), of_ranges.zero_()
+    rows.mul_(-1), ranges.mul_(-1)
+    plan.replay(2)
+    assert torch.equal(of_rows, torch.cat((rms_norm(rows[:2], gain, 1e-5), torch.zeros(6, 16))))
+    assert torch.equal(of_ranges, rms_norm(ranges, gain, 1e-5))
 
 
 def test_calls_outside_of_a_recording_are_not_in_the_plan() -> None:

@@ -26,10 +26,10 @@ def bench() -> Any:
         yield module
 
 
-def run(name: str, **figures: float) -> dict[str, Any]:
+def run(name: str, dtype: str = "bfloat16", **figures: float) -> dict[str, Any]:
     base = {"output_tok_s": 1.0, "decode_tok_s": 1.0, "single_tok_s": 1.0, "start_s": 1.0, "peak_rss_bytes": 2e9, "prompt_tokens": 100,
             "output_tokens": 50, "read_kv_tokens": 7500}
-    return {"workload": "mixed", "name": name, "round": 0, "figures": base | figures, "shape": SHAPE}
+    return {"workload": "mixed", "name": name, "dtype": dtype, "round": 0, "figures": base | figures, "shape": SHAPE}
 
 
 def cells(bench: Any, runs: list[dict[str, Any]], what: str) -> list[list[str]]:
@@ -55,6 +55,13 @@ def test_memory_is_what_weights_and_cache_do_not_take(bench: Any) -> None:
     runs = [run("kvloom", peak_rss_bytes=weights_and_cache + 1e8), run("vllm", peak_rss_bytes=weights_and_cache + 3e8)]
     assert cells(bench, runs, "memory")[0][1:4] == ["100 (100 to 100)", "vllm: 300 (300 to 300)", "3.00"]
     assert cells(bench, [run("kvloom", peak_rss_bytes=1e8), runs[1]], "memory")[0][3] == "nothing of ours"
+
+
+def test_a_peer_that_computes_in_float32_says_so_and_its_weights_are_twice_as_large(bench: Any) -> None:
+    weights_and_cache = SHAPE["weight_bytes"] * 2 + bench.KV_BYTES
+    runs = [run("kvloom"), run("vllm", "float32", output_tok_s=0.5, peak_rss_bytes=weights_and_cache + 3e8)]
+    assert cells(bench, runs, "output tok/s")[0][2] == "vllm in float32: 0.5 (0.5 to 0.5)"
+    assert cells(bench, runs, "memory")[0][2] == "vllm in float32: 300 (300 to 300)"
 
 
 def test_shares_are_of_what_the_machine_can_do(bench: Any) -> None:

@@ -9,8 +9,8 @@ from pydantic import Field, field_validator
 from kvloom.config.class_path import ClassPath
 from kvloom.config.section import NoEffect, Section, Unsupported
 
-_NOT_CAPTURED = "a recorded decode step serves sequences of every length"
-_NOT_COMPILED = "models are not compiled: decode steps are recorded and repeated, unless enforce_eager=True"
+_NOT_CAPTURED = "a recorded step serves sequences of every length"
+_NOT_COMPILED = "models are not compiled: steps are recorded and repeated, unless enforce_eager=True"
 
 
 class DeviceSection(Section):
@@ -28,7 +28,8 @@ class DeviceSection(Section):
     worker_extension_cls: Annotated[ClassPath, Field(description="a class, or where it is, whose methods workers get besides theirs: "
                                                      "`collective_rpc` finds them")] = None
     enforce_eager: Annotated[bool | None, Field(
-        description="True: every step runs call by call; else decode steps are recorded and repeated, with equal results")] = None
+        description="True: every step runs call by call; else steps are recorded and repeated (on a GPU: decode steps), with equal "
+                    "results")] = None
     max_seq_len_to_capture: Annotated[int | None, Field(ge=1, description="longest captured sequence"), NoEffect(_NOT_CAPTURED)] = 8192
     compilation_config: Annotated[Any, Field(description="level 0..3, or a dict of settings with a level"),
                                   NoEffect(_NOT_COMPILED)] = None
