@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
 import time
@@ -214,15 +215,24 @@ def test_a_step_that_fails_or_writes_nothing_is_told_with_what_it_said(tmp_path:
     assert run(step("pass"), tmp_path).problem == "wrote no results"
 
 
+def ends(pid: int, within_s: float = 20) -> bool:
+    """The process is over; a signal takes a while to be obeyed on a busy machine."""
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    with os.fdopen(process):
+        return bool(select.select([process], [], [], within_s)[0])
+
+
 def test_a_step_that_takes_too_long_ends_with_all_that_it_started(tmp_path: Path) -> None:
     begun = time.monotonic()
     child = tmp_path / "child"
     code = (f"import subprocess, time\np = subprocess.Popen(['sleep', '60'])\nopen({str(child)!r}, 'w').write(str(p.pid))\ntime.sleep(60)")
-    done = run(step(code), tmp_path, 2)
-    assert done.problem == "not done in 2 s"
+    done = run(step(code), tmp_path, 4)
+    assert done.problem == "not done in 4 s"
     assert time.monotonic() - begun < 20
-    stat = Path(f"/proc/{child.read_text()}/stat")
-    assert not stat.exists() or stat.read_text().rsplit(")")[-1].split()[0] in "ZX"
+    assert ends(int(child.read_text()))
 
 
 def test_all_parts_together_stay_within_8_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
