@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
@@ -29,11 +29,13 @@ class Engine(NamedTuple):
         name: of `bench_engine`.
         options: further ones; fewer requests where the table wants no throughput of many.
         stays: in one process for all rounds, since starting it takes minutes.
+        cold: without compiled kernels of ours. Only in the first round: compiling takes a minute of both cores.
     """
 
     name: str
     options: tuple[str, ...] = ()
     stays: bool = False
+    cold: bool = False
 
 
 class Workload(NamedTuple):
@@ -54,7 +56,8 @@ KVLOOM, VLLM = Engine("kvloom"), Engine("vllm", stays=True)
 WORKLOADS = {
     "mixed": Workload("llama-135m", (), {
         "kvloom": KVLOOM, "vllm": VLLM, "vllm eager": Engine("vllm", ("--eager", "--requests", "4")),
-        "llama.cpp": Engine("llamacpp", ("--requests", "8")), "transformers": Engine("transformers")}),
+        "llama.cpp": Engine("llamacpp", ("--requests", "8")), "transformers": Engine("transformers"),
+        "kvloom cold": Engine("kvloom", ("--requests", "4"), cold=True)}),
     "prefix": Workload("llama-135m", ("--prefix", "512"), {"kvloom": KVLOOM, "vllm": VLLM}),
     "qwen3": Workload("qwen3-0.6b", ("--requests", "32"), {"kvloom": KVLOOM, "vllm": VLLM}),
     "text": Workload("llama-135m-text", (), {"kvloom": KVLOOM, "kvloom, sampled, text": Engine("kvloom", ("--sampled", "--text"))}),
@@ -63,7 +66,8 @@ WORKLOADS = {
 
 
 Run = dict[str, Any]
-"""A line of runs.jsonl: workload, name, dtype, round, figures, shape of the model; or the machine and its limits."""
+"""A line of runs.jsonl: workload, name, version, dtype, round, figures, shape of the model; or, before those of a round, the machine,
+its limits, workload and round. Older lines have no version, and no workload and round beside the machine."""
 
 
 def interpreter(engine: str) -> str | None:
@@ -84,19 +88,20 @@ def figures_of(command: Sequence[str]) -> dict[str, float]:
 class Process:
     """An engine's. It is halted between rounds: threads that wait busily would take the others' time."""
 
-    def __init__(self, command: Sequence[str], errors: IO[str]) -> None:
+    def __init__(self, command: Sequence[str], errors: IO[str], environment: Mapping[str, str]) -> None:
         self._errors = errors
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+                                         env=environment)
 
-    def round(self, number: int) -> dict[str, float]:
-        """Its figures. Ends this script with the engine's own words if it failed."""
+    def round(self, number: int) -> dict[str, Any]:
+        """Its figures, and "version". Ends this script with the engine's own words if it failed."""
         stdin, stdout = cast("IO[str]", self._process.stdin), cast("IO[str]", self._process.stdout)
         self._process.send_signal(signal.SIGCONT)
         print(number, file=stdin, flush=True)
         for line in stdout:
             if line.startswith('{"'):  # engines may print more
                 self._process.send_signal(signal.SIGSTOP)
-                return cast("dict[str, float]", json.loads(line))
+                return cast("dict[str, Any]", json.loads(line))
         self._errors.seek(0)
         raise SystemExit(f"{self._process.args} failed:\n{self._errors.read()[-2000:]}")
 
@@ -107,9 +112,9 @@ class Process:
 
 
 @contextmanager
-def process(command: Sequence[str]) -> Iterator[Process]:
-    """One that ends with the block."""
-    with tempfile.TemporaryFile("w+") as errors, closing(Process(command, errors)) as found:
+def process(command: Sequence[str], **variables: str) -> Iterator[Process]:
+    """One that ends with the block, with further environment variables."""
+    with tempfile.TemporaryFile("w+") as errors, closing(Process(command, errors, os.environ | variables)) as found:
         yield found
 
 
@@ -125,16 +130,26 @@ class Measurement:
 
     def round(self, number: int) -> Iterator[Run]:
         """Each engine's run, after the machine's limits."""
-        yield {"machine": machine(), "limits": figures_of([sys.executable, str(HERE / "bench_limits.py")])}
+        yield {"machine": machine(), "limits": figures_of([sys.executable, str(HERE / "bench_limits.py")]), "workload": self._name,
+               "round": number}
         for label, engine in self._work.engines.items():
-            command = self._command(engine)
-            if command is None:
-                print(f"{self._name}: {label} left out, no interpreter or model was named")
+            if engine.cold and number:
                 continue
-            figures = self._staying_round(label, command, number) if engine.stays else self._one_round(engine, command, number)
+            command = self._command(engine)
+            figures = None if command is None else self._figures(label, engine, command, number)
+            if figures is None:
+                why = "no interpreter or model was named" if command is None else "its kernels cannot be compiled here"
+                print(f"{self._name}: {label} left out, {why}")
+                continue
             print(self._name, label, figures, flush=True)
-            yield {"workload": self._name, "name": label, "dtype": self._dtype_of(engine), "round": number, "figures": figures,
-                   "shape": vars(Shape(self._directory))}
+            yield {"workload": self._name, "name": label, "version": figures.pop("version"), "dtype": self._dtype_of(engine),
+                   "round": number, "figures": figures, "shape": vars(Shape(self._directory))}
+
+    def _figures(self, label: str, engine: Engine, command: list[str], number: int) -> dict[str, Any] | None:
+        """None of a cold engine that ran without compiled kernels."""
+        if engine.cold:
+            return self._cold_round(command, number)
+        return self._staying_round(label, command, number) if engine.stays else self._one_round(engine, command, number)
 
     def _dtype_of(self, engine: Engine) -> str:
         return self._dtype if engine.name == "vllm" else "bfloat16"
@@ -148,12 +163,18 @@ class Measurement:
         return [python, str(HERE / "bench_engine"), engine.name, file, *self._options, *engine.options,
                 "--dtype", self._dtype_of(engine), "--stay"]
 
-    def _staying_round(self, label: str, command: Sequence[str], number: int) -> dict[str, float]:
+    def _staying_round(self, label: str, command: Sequence[str], number: int) -> dict[str, Any]:
         if label not in self._staying:
             self._staying[label] = self._resources.enter_context(process(command))
         return self._staying[label].round(number)
 
-    def _one_round(self, engine: Engine, command: list[str], number: int) -> dict[str, float]:
+    def _cold_round(self, command: Sequence[str], number: int) -> dict[str, Any] | None:
+        """In a process of its own, which finds no compiled kernels. One that compiles none runs in torch: that is no cold start."""
+        with tempfile.TemporaryDirectory() as cache, process(command, XDG_CACHE_HOME=cache) as alone:
+            figures = alone.round(number)
+            return figures if any(Path(cache).rglob("kernels-*.so")) else None
+
+    def _one_round(self, engine: Engine, command: list[str], number: int) -> dict[str, Any]:
         """In a process of its own. What is quick and wrong is not measured: the first tokens of ours are compared."""
         kept = self._scratch / "tokens"
         compares = engine == KVLOOM and not number
