@@ -38,6 +38,11 @@ def limits() -> dict[str, float]:
     return {"read_bytes_s": x.numel() * 4 / median_s(x.sum), "flop_s": 2 * 4096 * 2048 * 2048 / product_s}
 
 
+def in_words(found: Mapping[str, float]) -> str:
+    """What `limits` gave."""
+    return f"this machine reads {found['read_bytes_s'] / 1e9:.1f} GB/s and multiplies {found['flop_s'] / 1e12:.2f} TFLOP/s"
+
+
 class Shape:
     """What a model's forward costs, from its config.json; a decoder with gated feed-forward layers and a tied embedding.
 
