@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import structlog
 import torch
+from replays import assert_repeated, replayed
 
 from kvloom import LLM, SamplingParams
 from kvloom.interfaces import AttentionBatch
@@ -24,7 +24,7 @@ from kvloom.runtime.range_graph import RangeBuffers
 from kvloom.testing.checkpoints import make_checkpoint
 from kvloom_kernels.attention import Scores
 from kvloom_kernels.norm import rms_norm
-from kvloom_kernels.plan import NotRecordableError, Plan
+from kvloom_kernels.plan import NotRecordableError
 from kvloom_kernels.scratch import Arena, empty
 from kvloom_kernels.token_attention import token_attention
 from kvloom_plugins.attention.cpu import CpuAttention
@@ -59,16 +59,6 @@ class TimesOne(torch.nn.Module):
         return normed * 1.0, stream
 
 
-@contextmanager
-def replayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Rows of each plan that is repeated within the block."""
-    seen: list[int] = []
-    original = Plan.replay
-    with monkeypatch.context() as patch:
-        patch.setattr(Plan, "replay", lambda plan, rows=None: (seen.append(rows), original(plan, rows))[1])
-        yield seen
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_enforce_eager__runs_call_by_call_with_the_numbers_of_recorded_steps(
         small_checkpoint: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,16 +68,32 @@ def test_enforce_eager__runs_call_by_call_with_the_numbers_of_recorded_steps(
         assert not seen
     with LLM(str(small_checkpoint), **values) as llm, replayed(monkeypatch) as seen:
         assert [written(llm), written(llm, params(temperature=1.0, seed=3, top_p=0.9, min_tokens=1))] == expected
-        assert {1, 2, 3} <= set(seen)
+        assert {1, 2, 3} <= set(seen.decode)
+        assert_repeated(seen)
 
 
 def test_layers_with_windows_and_others_are_recorded_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = make_checkpoint(tmp_path / "m", "Qwen2ForCausalLM", use_sliding_window=True, sliding_window=16, max_window_layers=1)
-    with LLM(str(directory), dtype="float32", enforce_eager=True) as llm:
+    values = {"dtype": "float32", "max_num_batched_tokens": 32}
+    with LLM(str(directory), enforce_eager=True, **values) as llm:
         expected = written(llm)
-    with LLM(str(directory), dtype="float32") as llm, replayed(monkeypatch) as seen:
+    with LLM(str(directory), **values) as llm, replayed(monkeypatch) as seen:
         assert written(llm) == expected
-        assert seen
+        assert_repeated(seen)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_strangers_model_of_our_layers_is_recorded_with_the_numbers_of_call_by_call(
+        install, tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("acme", {"acme-models": Path(__file__).with_name("sandwich_model.py").read_text()})
+    directory = make_checkpoint(tmp_path / "m", "SandwichForCausalLM")
+    values = {"dtype": dtype, "max_num_seqs": 6, "max_num_batched_tokens": 32}
+    with LLM(str(directory), enforce_eager=True, **values) as llm, replayed(monkeypatch) as seen:
+        expected = written(llm)
+        assert seen.call_by_call == seen.steps > 0
+    with LLM(str(directory), **values) as llm, replayed(monkeypatch) as seen:
+        assert written(llm) == expected
+        assert_repeated(seen)
 
 
 def test_prompts_are_recorded_once_and_repeated_whatever_their_lengths(small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +110,7 @@ def test_prompts_are_recorded_once_and_repeated_whatever_their_lengths(small_che
         assert [llm.generate(p, one, use_tqdm=False)[0].outputs[0].token_ids for p in prompts] == expected
         assert [o.outputs[0].token_ids for o in llm.generate(prompts[::-1], one, use_tqdm=False)] == expected[::-1]
         assert recorded == [64]
-        assert seen == [40, 3, 57, 64, 45]  # the last two: all of 57 and 7 of 3 and 40, then the other tokens
+        assert seen.prompts == [40, 3, 57, 64, 45]  # the last two: all of 57 and 7 of 3 and 40, then the other tokens
 
 
 def test_a_backend_that_needs_the_numbers_of_each_step_repeats_decode_steps_only(
@@ -112,8 +118,8 @@ def test_a_backend_that_needs_the_numbers_of_each_step_repeats_decode_steps_only
     monkeypatch.setattr(CpuAttention, "range_graph_support", False)
     with LLM(str(small_checkpoint), dtype="float32") as llm, replayed(monkeypatch) as seen:
         written(llm)
-        assert seen
-        assert max(seen) <= len(PROMPTS)
+        assert seen.decode
+        assert not seen.prompts
 
 
 def test_a_batch_that_shrinks_records_nothing_more(small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,14 +185,13 @@ def test_a_model_that_computes_with_torch_runs_call_by_call_and_the_log_says_why
         small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with LLM(str(small_checkpoint), dtype="float32") as llm, replayed(monkeypatch) as seen:
         expected = written(llm)
-        seen.clear()
-
+        repeated = len(seen)
         llm.apply_model(lambda model: setattr(model, "norm", TimesOne(model.norm)))
         with structlog.testing.capture_logs() as logs:
             assert written(llm) == expected
         structlog.reset_defaults()
         assert [e["reason"] for e in logs if e["event"] == "decode steps run call by call"] == ["it computes with torch (mul)"]
-        assert not seen
+        assert len(seen) == repeated
 
 
 def test_hooks_on_a_model_are_called_at_every_step(small_checkpoint: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from replays import assert_repeated, replayed
 from variants import VARIANTS, make
 
 from kvloom import LLM, RequestOutput, SamplingParams
@@ -89,8 +90,8 @@ def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("most_tokens", [16, 64, 0], ids=lambda n: f"at-most-{n or 'any'}")
-def test_tokens_over_batches_chunks_caches_and_preemptions(truth: Truth, most_tokens: int) -> None:
-    with engine(truth.directory, long_prefill_token_threshold=most_tokens) as llm:
+def test_tokens_over_batches_chunks_caches_and_preemptions(truth: Truth, most_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with engine(truth.directory, long_prefill_token_threshold=most_tokens) as llm, replayed(monkeypatch) as seen:
         for batch, preempt, warm in ((batch, *run) for batch, runs in RUNS.items() for run in runs):
             prompts, expected = truth.prompts[:batch], truth.outputs[:batch]
             if not warm:
@@ -100,13 +101,15 @@ def test_tokens_over_batches_chunks_caches_and_preemptions(truth: Truth, most_to
             assert all((o.metrics.num_preemptions >= 1) == preempt for o in outputs)
             hits = [o.num_cached_tokens for o in outputs if len(o.prompt_token_ids) > 16]
             assert all(hits) == warm or not hits
+        assert_repeated(seen)
 
 
-def test_a_pool_too_small_for_all_makes_requests_give_way(truth: Truth) -> None:
-    with engine(truth.directory, num_gpu_blocks_override=64) as llm:
+def test_a_pool_too_small_for_all_makes_requests_give_way(truth: Truth, monkeypatch: pytest.MonkeyPatch) -> None:
+    with engine(truth.directory, num_gpu_blocks_override=64) as llm, replayed(monkeypatch) as seen:
         outputs = llm.generate(truth.prompts[:33], GREEDY, use_tqdm=False)
         assert tokens(outputs) == truth.outputs[:33]
         assert sum(o.metrics.num_preemptions for o in outputs) >= 1
+        assert_repeated(seen)
 
 
 class LogitsRecorder:
