@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import bench_table
 import pytest
+from repository import ROOT
+from script_helpers import imported_script
 
 SHAPE = {"weight_bytes": 1e8, "kv_bytes": 1000, "layer_flop": 1e8, "logits_flop": 1e7}
 MACHINE = "Measured on 2026-11-29: 2 cores of AMD EPYC (bfloat16 products: widened), Python 3.11.7, torch 2.13.0+cpu"
@@ -114,3 +118,18 @@ def test_rounds_of_several_days_are_of_one_machine() -> None:
     lines = [machine(), run("kvloom", output_tok_s=100.0), machine(later), run("kvloom", output_tok_s=300.0)]
     assert text(*lines)[0].startswith("Measured from 2026-11-29 to 2026-12-01: 2 cores of AMD EPYC (bfloat16 products: widened), Python")
     assert cells(BESIDE_VLLM, *lines)[0][1] == "200 (100 to 300)"
+
+
+def test_without_rounds_the_table_of_the_runs_that_are_there_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = imported_script(ROOT / "scripts/bench")
+    lines = [machine(), run("kvloom", output_tok_s=100.0)]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    bench.main(["--rounds", "0", "--folder", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines() == [*text(*lines), ""]
+
+
+def test_rounds_that_were_all_broken_off_are_no_measurement(tmp_path: Path) -> None:
+    bench = imported_script(ROOT / "scripts/bench")
+    (tmp_path / "runs.jsonl").write_text(json.dumps(machine()) + "\n")
+    with pytest.raises(SystemExit, match="nothing was measured"):
+        bench.main(["--rounds", "0", "--folder", str(tmp_path)])
