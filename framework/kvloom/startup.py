@@ -149,7 +149,7 @@ def _extra_inputs(worker: Any) -> dict[str, int]:
 
 
 def _pooling_rules(plugins: PluginSet, plan: PoolingPlan | None, executor: Executor, vocab_size: int) -> PoolingRules | None:
-    from kvloom.runtime.worker import make_poolers, model_pooling
+    from kvloom.runtime.pooling import make_poolers, model_pooling
 
     if plan is None:
         return None

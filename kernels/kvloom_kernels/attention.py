@@ -144,7 +144,7 @@ def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Te
         pointer(q), pointer(k_cache), pointer(v_cache), pointer(block_table), pointer(query_starts), pointer(context_tokens),
         pointer(sinks), pointer(out), pointer(workspace), workspace.numel(), q.stride(0), block_table.stride(0), block_table.shape[0],
         q.shape[1], k_cache.shape[1], q.shape[2], v_cache.shape[3], block_tokens, scores.window_tokens or 0, scores.causal,
-        q.dtype is torch.bfloat16, scores.scale, scores.soft_cap or 0.0))
+        q.dtype is torch.bfloat16, scores.scale, scores.soft_cap or 0.0), on_ranges=True)
     return out
 
 

@@ -1,7 +1,7 @@
 """Kernel calls: run at once, or recorded as a plan that runs again and again in one call.
 
 A kernel is a C++ function that does one thread's part of its work, and a structure of arguments with a field ``rows``. A plan is a list
-of such calls; all of them run in one parallel region, with no Python between them, for as many rows as were recorded or for fewer.
+of such calls; the threads run all of them one after the other, with no Python between them, for as many rows as were recorded or fewer.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Plan:
 
     Args:
         rows: of the step that is recorded. Each call must work on a multiple of them, row after row.
-        ranges: that the rows are cut into, by numbers that the calls read; no multiple of the rows. A call may work on them instead,
-            then always on all.
+        ranges: that the rows are cut into, by numbers that the calls read. A call on ranges works on all of them, of which some may be
+            empty. None: each row is a range.
         computed_rows: of the rows, while it is recorded; None: all.
     """
 
@@ -50,9 +50,12 @@ class Plan:
     def __len__(self) -> int:
         return len(self._kernels)
 
-    def add(self, kernel: int, arguments: Any) -> None:
+    def add(self, kernel: int, arguments: Any, *, on_ranges: bool = False) -> None:
         """One more call; from now on its arguments say as many rows as are computed. Raises `NotRecordableError`."""
-        if arguments.rows != self._ranges:
+        if on_ranges and self._ranges is not None:
+            if arguments.rows != self._ranges:
+                raise NotRecordableError(f"a kernel works on {arguments.rows} ranges of a step of {self._ranges}")
+        else:
             count, rest = divmod(arguments.rows, self.rows)
             if rest:
                 raise NotRecordableError(f"a kernel works on {arguments.rows} rows of a step of {self.rows}")
@@ -106,11 +109,11 @@ def address(name: str) -> int:
     return found
 
 
-def run(name: str, arguments: ctypes.Structure) -> None:
-    """Run one kernel. Raises `NotRecordableError` within `recorded`."""
+def run(name: str, arguments: ctypes.Structure, *, on_ranges: bool = False) -> None:
+    """Run one kernel, whose ``rows`` may be ranges of rows: see `Plan`. Raises `NotRecordableError` within `recorded`."""
     kernel = address(name)
     if _thread.recording is not None:
-        _thread.recording.add(kernel, arguments)
+        _thread.recording.add(kernel, arguments, on_ranges=on_ranges)
     library().kvloom_run(ctypes.byref(Call(kernel, ctypes.addressof(arguments))), 1, torch.get_num_threads())
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvloom_kernels.blocks import touch
+
 ALIGNMENT_BYTES = 64
 
 
@@ -28,6 +30,10 @@ class Arena:
         self._memory = np.empty(size_bytes, np.uint8)
         self._offset = -self._memory.ctypes.data % ALIGNMENT_BYTES
         self._free = [(self._offset, size_bytes - self._offset)]  # (start, bytes), in order, never adjacent
+
+    def touch(self) -> None:
+        """Use the first half for the first time now, so that no step waits for its pages; more is used where pieces lie apart."""
+        touch([torch.from_numpy(self._memory[:self.size_bytes // 2])])
 
     @property
     def free_bytes(self) -> int:

@@ -250,7 +250,7 @@ def test_chat_template__that_cannot_be_compiled_is_refused_before_weights_are_re
     broken.write_text("{% for m in messages %}{{ m.content }}")
     no_text.write_bytes(b"{{ \xff }}")
     with monkeypatch.context() as patch:
-        patch.setattr("kvloom.runtime.worker.make_loader", lambda *_: pytest.fail("weights were read"))
+        patch.setattr("kvloom.runtime.model_plan.make_loader", lambda *_: pytest.fail("weights were read"))
         for given, message in (("{% if %}", "TemplateSyntaxError"), ("{{ x | nonsense }}", "No filter named 'nonsense'"),
                                ("{{ 1 }}" * 2**18, "at most 1048576 are taken"), (str(broken), "endfor"), (str(no_text), "no file that can be read")):
             with pytest.raises(ConfigError, match=f"(?s)^chat_template=.*{message}"):

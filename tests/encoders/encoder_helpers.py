@@ -20,9 +20,9 @@ from kvloom.runtime.comm import LocalComm
 from kvloom.runtime.device import CpuDevice
 from kvloom.runtime.forward import Forward, LayerState
 from kvloom.runtime.logits import LogitsPipeline
+from kvloom.runtime.model_plan import make_loader
 from kvloom.runtime.runner import Runner
 from kvloom.runtime.weights import load_weights
-from kvloom.runtime.worker import make_loader
 from kvloom.startup import load_config_plugins
 from kvloom_samplers.token_sampler import TokenSampler
 

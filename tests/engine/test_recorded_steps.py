@@ -113,6 +113,15 @@ def test_prompts_are_recorded_once_and_repeated_whatever_their_lengths(small_che
         assert seen.prompts == [40, 3, 57, 64, 45]  # the last two: all of 57 and 7 of 3 and 40, then the other tokens
 
 
+@pytest.mark.parametrize(("eager", "arenas"), [(False, 2), (True, 1)], ids=["decode steps and steps with prompts", "call by call"])
+def test_memory_of_steps_is_used_before_the_first_of_them(
+        small_checkpoint: Path, eager: bool, arenas: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    touched: list[Arena] = []
+    monkeypatch.setattr(Arena, "touch", touched.append)
+    with LLM(str(small_checkpoint), enforce_eager=eager):
+        assert len(touched) == arenas
+
+
 def test_a_backend_that_needs_the_numbers_of_each_step_repeats_decode_steps_only(
         small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CpuAttention, "range_graph_support", False)
@@ -300,11 +309,14 @@ def test_without_room_nothing_is_recorded() -> None:
         PlanCapture(Arena(128)).record(lambda: (rms_norm(x, GAIN, 1e-5),), 4)
 
 
-@pytest.mark.parametrize(("tokens", "ranges"), [(64, 64), (32, 64), (64, 10), (2, 6), (3, 5)])
-def test_ranges_are_told_apart_from_tokens_by_their_number(tokens: int, ranges: int) -> None:
-    found = RangeBuffers(tokens, ranges, [2], 40, CpuDevice()).ranges
-    assert found >= ranges
-    assert found % tokens
+@pytest.mark.parametrize("max_num_seqs", [32, 16, 1])
+def test_as_many_ranges_as_tokens_are_no_rows(small_checkpoint: Path, max_num_seqs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"dtype": "float32", "max_num_seqs": max_num_seqs, "max_num_batched_tokens": 32, "max_model_len": 96}
+    with LLM(str(small_checkpoint), enforce_eager=True, **values) as llm:
+        expected = written(llm)
+    with LLM(str(small_checkpoint), **values) as llm, replayed(monkeypatch) as seen:
+        assert written(llm) == expected
+        assert 32 in seen
 
 
 def test_ranges_beyond_a_step_are_empty() -> None:

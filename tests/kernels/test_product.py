@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import gc
+import mmap
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvloom_kernels import scratch
+from kvloom_kernels import norm, scratch
+from kvloom_kernels import plan as plan_of_kernels
 from kvloom_kernels.activation import Finish
 from kvloom_kernels.linear import WeightShape, can_pack, lookup, pack, product, product_kind, product_reference, unpack
 from kvloom_kernels.native import problem
@@ -148,12 +152,16 @@ def test_a_plan_computes_again_from_what_its_inputs_hold_then() -> None:
         assert torch.equal(out, step())
 
 
-def test_a_plan_of_ranges_computes_as_many_rows_as_there_are_and_all_ranges() -> None:
+def test_a_plan_of_ranges_computes_as_many_rows_as_there_are_and_all_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     gain, rows, ranges = torch.ones(16), random(8, 16, dtype=torch.float32), random(3, 16, dtype=torch.float32, seed=1)
     plan, arena = Plan(8, ranges=3, computed_rows=5), Arena(2**16)
     with recorded(plan), scratch_from(arena):
-        of_rows, of_ranges = rms_norm(rows, gain, 1e-5), rms_norm(ranges, gain, 1e-5)
-        with pytest.raises(NotRecordableError, match="works on 2 rows of a step of 8"):
+        of_rows = rms_norm(rows, gain, 1e-5)
+        with pytest.raises(NotRecordableError, match="works on 3 rows of a step of 8"):
+            rms_norm(ranges, gain, 1e-5)
+        monkeypatch.setattr(norm, "run", partial(plan_of_kernels.run, on_ranges=True))
+        of_ranges = rms_norm(ranges, gain, 1e-5)
+        with pytest.raises(NotRecordableError, match="works on 2 ranges of a step of 3"):
             rms_norm(ranges[:2], gain, 1e-5)
     plan.keep(arena)
     assert torch.equal(of_rows[:5], rms_norm(rows[:5], gain, 1e-5))
@@ -216,6 +224,17 @@ def test_without_room_results_lie_elsewhere() -> None:
     assert large.shape == (1000,)
     assert arena.free_bytes < 256
     del small
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+def test_the_first_half_of_an_arena_is_there_once_it_was_touched() -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    arena = Arena(64 * 2**20)
+    before = resident_bytes()
+    arena.touch()
+    assert 31 * 2**20 < resident_bytes() - before < 40 * 2**20
 
 
 def test_what_does_not_fit_is_refused_before_memory_is_read() -> None:

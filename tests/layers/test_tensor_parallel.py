@@ -19,9 +19,9 @@ from kvloom.runtime.forward import Forward, LayerState
 from kvloom.runtime.kv_groups import group_layers
 from kvloom.runtime.kv_tensors import allocate
 from kvloom.runtime.logits import LogitsPipeline
+from kvloom.runtime.model_plan import make_loader
 from kvloom.runtime.runner import Runner
 from kvloom.runtime.weights import load_weights
-from kvloom.runtime.worker import make_loader
 from kvloom.startup import load_config_plugins
 from kvloom.testing.checkpoints import make_checkpoint
 from kvloom.testing.thread_comm import ThreadComm, run_ranks

@@ -16,8 +16,8 @@ from kvloom.interfaces.attention import LayerCache
 from kvloom.runtime.builder import open_source
 from kvloom.runtime.host_blocks import HostBlocks
 from kvloom.runtime.host_memory import host_memory
+from kvloom.runtime.model_plan import plan_model
 from kvloom.runtime.offload import HostWeights
-from kvloom.runtime.worker import plan_model
 from kvloom.startup import load_config_plugins
 from kvloom.testing.checkpoints import make_checkpoint
 

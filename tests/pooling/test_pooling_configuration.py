@@ -72,7 +72,7 @@ def test_pooler_pooling_type__must_be_registered(directory: Path, model: torch.n
 ])
 def test_override_pooler_config__that_would_change_nothing_is_refused_before_weights_are_read(
         directory: Path, monkeypatch: pytest.MonkeyPatch, task: str, config: dict, message: str) -> None:
-    monkeypatch.setattr("kvloom.runtime.worker.make_loader", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("kvloom.runtime.model_plan.make_loader", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(ConfigError, match=message):
         engine(directory, task=task, override_pooler_config=config)
 

@@ -14,7 +14,7 @@ def plan(arguments: argparse.Namespace) -> int:
     plugins = load_config_plugins(config)
     from kvloom.layers.base import dtype_name
     from kvloom.runtime.builder import open_source
-    from kvloom.runtime.worker import plan_model
+    from kvloom.runtime.model_plan import plan_model
 
     source = open_source(config, plugins)
     made, built = plan_model(config, plugins, source)

@@ -59,7 +59,6 @@ class BatchState:
 
     Attributes:
         num_candidates, num_prompt_candidates: per row, candidates wanted with each output and each prompt token; -1 none.
-
         score_temperatures: per row, what logits are divided by before its candidates' log-probabilities are taken; 0 nothing.
 
     Args:

@@ -235,11 +235,16 @@ class CpuDevice(ComputeDevice):
 
     def capture(self, step_bytes: int) -> Capture:
         """See `ComputeDevice.capture`."""
-        return PlanCapture(Arena(step_bytes))
+        return self._plan_capture(step_bytes)
 
     def range_capture(self, step_bytes: int) -> PlanCapture | None:
         """See `ComputeDevice.range_capture`."""
-        return PlanCapture(Arena(step_bytes))
+        return self._plan_capture(step_bytes)
+
+    def _plan_capture(self, step_bytes: int) -> PlanCapture:
+        arena = Arena(step_bytes)
+        arena.touch()
+        return PlanCapture(arena)
 
     def captured_bytes(self, step_bytes: int) -> int:
         """None: a step is either captured or not, and what is planned for one serves the other."""

@@ -95,15 +95,17 @@ class Forward:
         self._scratch = device.scratch(scratch_bytes) if scratch_bytes else None
         self._graphs: DecodeGraphs | None = None
         self._range_graph: RangeGraph | None = None
-        if not recorded_bytes or not all(b.graph_support and b.spec.stored for b in layers.backends.values()):
-            return
-        widths = [-(-max_model_len // g.block_tokens) for g in layers.groups]
-        self._graphs = DecodeGraphs(model, self._context, layers.refill, Buffers(max_num_seqs, widths, max_model_len, device),
-                                    device.capture(recorded_bytes))
-        capture = device.range_capture(scratch_bytes)
-        if capture is not None and max_num_batched_tokens > 1 and all(b.range_graph_support for b in layers.backends.values()):
-            buffers = RangeBuffers(max_num_batched_tokens, max_num_seqs, widths, max_model_len, device)
-            self._range_graph = RangeGraph(model, self._context, layers.refill, buffers, capture)
+        widths, backends = [-(-max_model_len // g.block_tokens) for g in layers.groups], layers.backends.values()
+        if recorded_bytes and all(b.graph_support and b.spec.stored for b in backends):
+            self._graphs = DecodeGraphs(model, self._context, layers.refill, Buffers(max_num_seqs, widths, max_model_len, device),
+                                        device.capture(recorded_bytes))
+            if max_num_batched_tokens > 1 and all(b.range_graph_support for b in backends):
+                capture = device.range_capture(scratch_bytes)
+                self._range_graph = None if capture is None else RangeGraph(
+                    model, self._context, layers.refill,
+                    RangeBuffers(max_num_batched_tokens, max_num_seqs, widths, max_model_len, device), capture)
+        if self._scratch is not None and self._range_graph is None:
+            self._scratch.touch()
 
     def run(self, indices: StepIndices) -> Computed:
         """Compute a step."""

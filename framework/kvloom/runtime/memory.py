@@ -254,7 +254,7 @@ def activation_bytes(config: ModelConfig, dtype: torch.dtype, max_num_batched_to
 
 def scratch_bytes(config: ModelConfig, dtype: torch.dtype, tokens: int) -> int:
     """Memory to cut a step's hidden states from: twice what `activation_bytes` counts for them, since pieces that are free may lie
-    apart. What is not needed is not touched."""
+    apart. What of it is not needed for that is not touched."""
     return tokens * 2 * _token_elements(config) * dtype.itemsize
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from kvloom.config.pooling import PoolingPlan
 from kvloom.errors import PluginError, RequestError, RequestFailedError
+from kvloom.hooks.loader import PluginSet
 from kvloom.hooks.registry import Registry
 from kvloom.interfaces.model import ForwardContext, Model
 from kvloom.interfaces.pooling import Pooler
@@ -197,3 +198,17 @@ def _blame(pooler: Pooler, error: Exception) -> RequestError:
     if isinstance(error, RequestError):
         return error
     return RequestFailedError(f"the pooler {type(pooler).__name__} raised {type(error).__name__}: {error}")
+
+
+def make_poolers(plugins: PluginSet, plan: PoolingPlan, of_model: tuple[str, dict[str, Any]]) -> PoolerSet:
+    """What pools: `of_model` is what `model_pooling` gives.
+
+    Raises:
+        NotRegisteredError: nobody offers the pooling type.
+    """
+    return PoolerSet(plugins.registries["poolers"], plan, *of_model)
+
+
+def model_pooling(worker: Any) -> tuple[str, dict[str, Any]]:
+    """For ``Executor.call``: how a worker's model wants to be pooled, and what is not its task's default."""
+    return worker.model.pooling, dict(worker.model.pooling_options)

@@ -27,10 +27,9 @@ class RangeBuffers:
     """
 
     def __init__(self, tokens: int, ranges: int, widths: Sequence[int], longest_tokens: int, device: ComputeDevice) -> None:
-        self.tokens = tokens
-        self.ranges = ranges + (ranges % tokens == 0)  # told apart from tokens by their number, see `Plan`
+        self.tokens, self.ranges = tokens, ranges
         shapes: list[FixedShape] = [((tokens,), "int64")] * (2 + len(widths))
-        shapes += [((self.ranges,), "int32"), ((self.ranges + 1,), "int32"), *(((self.ranges, width), "int32") for width in widths)]
+        shapes += [((ranges,), "int32"), ((ranges + 1,), "int32"), *(((ranges, width), "int32") for width in widths)]
         _, arrays = fixed_arrays(device, shapes)
         self._token_ids, self._positions, *groups = arrays
         self._slots, of_ranges = groups[:len(widths)], groups[len(widths):]
@@ -77,7 +76,8 @@ class RangeGraph:
 
     def forget(self) -> None:
         """Record again: the model may have changed."""
-        self._recorded = self._recorder.problem = None
+        self._recorded = None
+        self._recorder.problem = None
 
     def run(self, indices: StepIndices) -> Tensor | None:
         """Compute a step: its ``hidden [T, H]``, good until the next one; None where that has to be done call by call."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -58,10 +58,8 @@ class RowSampler:
         token_ids, *finite = (tensor.numpy() for tensor in arrives())  # the host waits for the device here, and nowhere else
         logprobs = {int(asking[i]): (row,) for i, row in arrived(found).items()}
         unsampled = dict(done.failed) | dict.fromkeys(np.flatnonzero(~finite[0]).tolist() if finite else (), NOT_FINITE)
-        failed = {s: self._failure(s, reason, processors, again, masks) for s, reason in unsampled.items()}
+        failed = self._failures(unsampled, processors, again, masks)
         token_ids = self._checked(token_ids, raw.shape[-1], failed)
-        failed |= {} if masks is None else {s: _row_error(error) for s, error in masks.failed.items()}
-        failed |= {s: _row_error(p.error) for s, p in enumerate(processors) if p.error is not None}
         self._state.write_sampled(rows, positions, token_ids)
         for s, (sequence, token_id) in enumerate(zip(processors, token_ids.tolist(), strict=True)):
             if (sequence.states or sequence.grammar) and s not in failed:
@@ -99,6 +97,13 @@ class RowSampler:
             failed.setdefault(s, RowError("RequestFailedError", f"the sampler {type(self._sampler).__name__} gave the token id "
                                                                 f"{token_ids[s]}: there are 0 to {vocab_size - 1}"))
         return np.where(outside, 0, token_ids)
+
+    def _failures(self, unsampled: Mapping[int, str], processors: Sequence[SequenceProcessors],
+                  again: Callable[[], Tensor], masks: StepMasks | None) -> dict[int, RowError]:
+        """Of rows that could not be sampled, for these reasons, or whose grammar or processors failed."""
+        failed = {s: self._failure(s, reason, processors, again, masks) for s, reason in unsampled.items()}
+        failed |= {} if masks is None else {s: _row_error(error) for s, error in masks.failed.items()}
+        return failed | {s: _row_error(p.error) for s, p in enumerate(processors) if p.error is not None}
 
     def _failure(self, s: int, reason: str, processors: Sequence[SequenceProcessors],
                  again: Callable[[], Tensor], masks: StepMasks | None) -> RowError:

@@ -10,13 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from kvloom.config import EngineConfig
-from kvloom.config.other_values import instead
-from kvloom.config.pooling import PoolingPlan
 from kvloom.core import SchedulerLimits
-from kvloom.errors import ConfigError, EngineStateError, InternalError, MemoryPlanError, NotRegisteredError, RequestError
+from kvloom.errors import EngineStateError, InternalError, MemoryPlanError, RequestError
 from kvloom.hooks.loader import PluginSet
 from kvloom.interfaces import (
     Grammar,
@@ -27,7 +24,6 @@ from kvloom.interfaces import (
     SequenceView,
     Step,
     StepResult,
-    WeightLoader,
     WorkerReport,
 )
 from kvloom.interfaces.attention import LayerCache
@@ -40,45 +36,19 @@ from kvloom.runtime.grammar import GrammarFactory
 from kvloom.runtime.host_blocks import HostBlocks
 from kvloom.runtime.kv_tensors import LayerShapes, allocate, copy_blocks
 from kvloom.runtime.logits import NO_PROCESSORS, LogitsPipeline, SequenceProcessors, make_processors
-from kvloom.runtime.memory import MemoryPlan, memory_needs, plan_memory, recorded_step_bytes, scratch_bytes
-from kvloom.runtime.offload import HostWeights, layers_to_offload, offload, weights_bytes, weights_of
+from kvloom.runtime.memory import MemoryPlan, plan_memory, recorded_step_bytes, scratch_bytes
+from kvloom.runtime.model_plan import make_loader, plan_model
+from kvloom.runtime.offload import HostWeights, layers_to_offload, offload, weights_of
 from kvloom.runtime.peak import largest_step
-from kvloom.runtime.pooling import PoolerSet, PoolingState, RowPooler
+from kvloom.runtime.pooling import PoolingState, RowPooler, make_poolers, model_pooling
 from kvloom.runtime.profiling import WorkerProfiler
 from kvloom.runtime.runner import Runner
 from kvloom.runtime.threads import choose_threads
-from kvloom.runtime.weights import check_catalog, load_weights, wanted_infos, wanted_slots
+from kvloom.runtime.weights import load_weights
 from kvloom.text.grammar_gate import find_grammar
 from kvloom.text.vocabulary import open_vocabulary
 
 DEFAULT_SAMPLER = "default"
-
-
-def make_loader(config: EngineConfig, plugins: PluginSet) -> WeightLoader:
-    """The weight loader that ``load_format`` names, with the settings of ``model_loader_extra_config``.
-
-    Raises:
-        ConfigError: nobody registered it, or settings that it does not take.
-    """
-    name, given = config.model.load_format, config.model.model_loader_extra_config
-    try:
-        entry = plugins.registries["loaders"].resolve(name)
-    except NotRegisteredError as error:
-        raise ConfigError(f"load_format={name!r}{instead('load_format', name)}: {error}") from error
-    model = entry.config_model()
-    if model is None:
-        if given:
-            raise ConfigError(f"model_loader_extra_config={given!r}: the loader {name!r} ({entry.origin}) takes none; leave it out")
-        plain: WeightLoader = entry.load()()
-        return plain
-    try:
-        settings = model.model_validate(given or {})
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"model_loader_extra_config={given!r}: {problems} (settings of {name!r}: "
-                          f"{', '.join(model.model_fields)})") from error
-    loader: WeightLoader = entry.load()(settings)
-    return loader
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,25 +62,6 @@ class HostLink:
 
     bytes_per_s: float
     tokens_per_s: float
-
-
-def plan_model(config: EngineConfig, plugins: PluginSet, source: ModelSource, *,
-               is_host: bool | None = None) -> tuple[MemoryPlan, BuiltModel]:
-    """The memory plan, from config.json and file headers alone; the model exists on the meta device only.
-
-    Args:
-        is_host: whether the device is the host itself, so that no weights can be kept elsewhere; None: what the source's device says.
-
-    Raises:
-        CheckpointError: the files do not hold what the model needs.
-    """
-    built = build_model(config, plugins, source, torch.device("meta"), LocalComm())
-    slots = wanted_slots(built.model)
-    catalog = make_loader(config, plugins).catalog(source.directory, wanted_infos(slots))
-    check_catalog(built.model, slots, catalog, source.directory)
-    is_host = source.device.is_host if is_host is None else is_host
-    offloaded = [] if is_host else layers_to_offload(built.model, config.cache.cpu_offload_bytes)
-    return plan_memory(memory_needs(config, source, built, weights_bytes(offloaded)), source.device.memory()), built
 
 
 class DeviceWorker:
@@ -357,20 +308,6 @@ class DeviceWorker:
 
 def _start_pooling(pooler: RowPooler | None, new: NewSequence) -> PoolingState | None:
     return None if pooler is None or new.pooling is None else pooler.start(new, new.pooling)
-
-
-def make_poolers(plugins: PluginSet, plan: PoolingPlan, of_model: tuple[str, dict[str, Any]]) -> PoolerSet:
-    """What pools: `of_model` is what `model_pooling` gives.
-
-    Raises:
-        NotRegisteredError: nobody offers the pooling type.
-    """
-    return PoolerSet(plugins.registries["poolers"], plan, *of_model)
-
-
-def model_pooling(worker: Any) -> tuple[str, dict[str, Any]]:
-    """For ``Executor.call``: how a worker's model wants to be pooled, and what is not its task's default."""
-    return worker.model.pooling, dict(worker.model.pooling_options)
 
 
 @contextmanager

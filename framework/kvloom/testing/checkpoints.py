@@ -52,8 +52,8 @@ def _random_weights(directory: Path) -> dict[str, Any]:
     from kvloom.config import EngineConfig
     from kvloom.runtime.builder import build_model, open_source
     from kvloom.runtime.comm import LocalComm
+    from kvloom.runtime.model_plan import make_loader
     from kvloom.runtime.weights import wanted_tensors
-    from kvloom.runtime.worker import make_loader
     from kvloom.startup import load_config_plugins
 
     config = EngineConfig.from_kwargs(model=str(directory), load_format="dummy")

@@ -34,7 +34,7 @@ inline int64_t last_seen(const Attend& s, int64_t position, int64_t context) {
 
 // Reads an item's blocks, LANES keys at a time.
 template <class T, class Round> struct Cache {
-    static constexpr int64_t SIDE = Pairs<T>::SIDE, ROUND = Round::GROUPS_AT_ONCE * LANES;
+    static constexpr int64_t ROUND = Round::GROUPS_AT_ONCE * LANES;
     const Attend& s;
     const int32_t* table;
     int64_t kv_head, key_elements, value_elements, group_elements;
@@ -42,9 +42,9 @@ template <class T, class Round> struct Cache {
     std::vector<T> copies;  // groups that do not lie together in one block
 
     Cache(const Attend& s, int64_t row, int64_t kv_head) : s(s), table(s.tables + row * s.table_stride), kv_head(kv_head) {
-        key_elements = whole(s.dim, SIDE) * s.block_tokens;
-        value_elements = whole(s.block_tokens, SIDE) * s.value_dim;
-        group_elements = (whole(s.dim, SIDE) + s.value_dim) * LANES;
+        key_elements = whole(s.dim, SIDE<T>) * s.block_tokens;
+        value_elements = whole(s.block_tokens, SIDE<T>) * s.value_dim;
+        group_elements = (whole(s.dim, SIDE<T>) + s.value_dim) * LANES;
         is_whole = s.block_tokens % LANES == 0;
         if (!is_whole) copies.resize(Round::GROUPS_AT_ONCE * group_elements);
     }
@@ -57,30 +57,30 @@ template <class T, class Round> struct Cache {
         if (!is_whole) return copied(position, from, to, copies.data() + place * group_elements);
         // The table jumps about: the hardware cannot guess what is read next.
         bool follows = position + ROUND < end;
-        return {keys_at(position), values_at(position), s.block_tokens * SIDE, key_elements, value_elements, from, to,
+        return {keys_at(position), values_at(position), s.block_tokens * SIDE<T>, key_elements, value_elements, from, to,
                 follows ? keys_at(position + ROUND) : nullptr, follows ? values_at(position + ROUND) : nullptr};
     }
 
-    const T* keys_at(int64_t position) const { return keys(position / s.block_tokens) + position % s.block_tokens * SIDE; }
+    const T* keys_at(int64_t position) const { return keys(position / s.block_tokens) + position % s.block_tokens * SIDE<T>; }
     const T* values_at(int64_t position) const { return values(position / s.block_tokens) + position % s.block_tokens * s.value_dim; }
 
     Keys<T> copied(int64_t position, int from, int to, T* to_keys) const {
-        T* to_values = to_keys + whole(s.dim, SIDE) * LANES;
+        T* to_values = to_keys + whole(s.dim, SIDE<T>) * LANES;
         std::memset((void*)to_keys, 0, group_elements * sizeof(T));
         for (int64_t i = from; i < to; i++) {
             int64_t block = (position + i) / s.block_tokens, offset = (position + i) % s.block_tokens;
             for (int64_t d = 0; d < s.dim; d++)
-                to_keys[(d / SIDE * LANES + i) * SIDE + d % SIDE] = keys(block)[(d / SIDE * s.block_tokens + offset) * SIDE + d % SIDE];
+                to_keys[(d / SIDE<T> * LANES + i) * SIDE<T> + d % SIDE<T>] = keys(block)[(d / SIDE<T> * s.block_tokens + offset) * SIDE<T> + d % SIDE<T>];
             for (int64_t d = 0; d < s.value_dim; d++)
-                to_values[(i / SIDE * s.value_dim + d) * SIDE + i % SIDE] =
-                    values(block)[(offset / SIDE * s.value_dim + d) * SIDE + offset % SIDE];
+                to_values[(i / SIDE<T> * s.value_dim + d) * SIDE<T> + i % SIDE<T>] =
+                    values(block)[(offset / SIDE<T> * s.value_dim + d) * SIDE<T> + offset % SIDE<T>];
         }
-        return {to_keys, to_values, LANES * SIDE, 0, 0, from, to, nullptr, nullptr};
+        return {to_keys, to_values, LANES * SIDE<T>, 0, 0, from, to, nullptr, nullptr};
     }
 };
 
 // Sums of the keys [begin, end) of an item that its rows see; they lie in one chunk.
-template <class T, class Round> void sum_chunk(const Attend& s, Rows<T>& w, Round& one_round, Cache<T, Round>& cache, int64_t begin, int64_t end) {
+template <class T, class Round> void sum_chunk(const Attend& s, Queries<T>& w, Round& one_round, Cache<T, Round>& cache, int64_t begin, int64_t end) {
     w.best.assign(w.count, NONE);
     w.total.assign(w.count, 0.0f);
     w.out.assign(whole(w.count, Round::ROW_UNIT) * row_width(s), 0.0f);
@@ -134,12 +134,12 @@ template <class T> void put_row(const Attend& s, const Item& item, int64_t token
         store_n<T>(to + d, load<float>(sums + d) * (factor / total), int(s.value_dim - d));
 }
 
-template <class T> void read_queries(const Attend& s, const Item& item, int64_t row_unit, Rows<T>& w) {
+template <class T> void read_queries(const Attend& s, const Item& item, int64_t row_unit, Queries<T>& w) {
     int64_t start = s.query_starts[item.row], context = s.contexts[item.row];
     int64_t tokens = s.query_starts[item.row + 1] - start;
     w.heads = int(item.num_heads);
     w.count = int(item.num_heads * item.num_tokens * (s.heads / s.kv_heads));
-    w.q_steps = whole(s.dim, Pairs<T>::SIDE) / Pairs<T>::SIDE;
+    w.q_steps = whole(s.dim, SIDE<T>) / SIDE<T>;
     w.q.resize(whole(w.count, row_unit) * w.q_steps);
     w.first.resize(w.count);
     w.last.resize(w.count);
@@ -154,7 +154,7 @@ template <class T> void read_queries(const Attend& s, const Item& item, int64_t 
 }
 
 // One item from its first chunk to its last.
-template <class T, class Round> void compute(const Attend& s, const Item& item, Rows<T>& w, Round& round) {
+template <class T, class Round> void compute(const Attend& s, const Item& item, Queries<T>& w, Round& round) {
     read_queries<T>(s, item, Round::ROW_UNIT, w);
     int64_t width = row_width(s), begin = w.first[0] / CHUNK * CHUNK, end = w.last[w.count - 1];
     Cache<T, Round> cache(s, item.row, item.kv_head);
@@ -191,7 +191,7 @@ struct Parts {
 
 // One chunk of an item; whoever does the last one folds them all, in order.
 template <class T, class Round>
-void compute_part(const Attend& s, const Item& item, const Parts& parts, int64_t chunk, Rows<T>& w, Round& round) {
+void compute_part(const Attend& s, const Item& item, const Parts& parts, int64_t chunk, Queries<T>& w, Round& round) {
     read_queries<T>(s, item, Round::ROW_UNIT, w);
     Cache<T, Round> cache(s, item.row, item.kv_head);
     sum_chunk(s, w, round, cache, chunk * CHUNK, (chunk + 1) * CHUNK);
@@ -263,7 +263,7 @@ template <class T, class Round> void attend(const Attend& s, const Team& team) {
     std::vector<Job> jobs;
     for (size_t i = 0; i < parts.size(); i++)
         for (int64_t c = 0; c < parts[i].chunks; c++) jobs.push_back({int64_t(i), parts[i].first_chunk + c});
-    Rows<T> w;
+    Queries<T> w;
     Round round;
     int64_t total = parts.empty() ? items.size() : jobs.size();
     for (int64_t i; (i = team.take(1)) < total;)

@@ -40,7 +40,7 @@ template <class T> struct Keys {
 };
 
 // An item's rows: what they are, and the sums of one chunk.
-template <class T> struct Rows {
+template <class T> struct Queries {
     int count, heads;  // heads that the rows are of, each the same number
     int64_t q_steps;
     std::vector<typename Pairs<T>::Factor> q;  // [rows][steps]
@@ -58,7 +58,7 @@ inline void multiply_all(floats (&sums)[R][N], const typename Pairs<T>::Factor* 
 
 // Scores of R rows against each key of G groups, the first of which is the `place`-th of its round. Whatever R and G are, a score is one sum.
 template <class T, int R, int G>
-inline void scores_of(const Rows<T>& w, int m, const Keys<T>* groups, int place, bool fetches, float (*scores)[GROUPS * LANES]) {
+inline void scores_of(const Queries<T>& w, int m, const Keys<T>* groups, int place, bool fetches, float (*scores)[GROUPS * LANES]) {
     floats sums[R][G] = {};
     const auto* q = w.q.data() + m * w.q_steps;
     for (int64_t i = 0; i < w.q_steps; i++) {
@@ -88,32 +88,31 @@ inline floats as_factors(floats p, uint32_t* out) {
 
 // `count` columns of the values of a step; of a pair of keys only one if `only` says which.
 template <class T> inline typename Pairs<T>::Read some_values(const T* values, int count, int only) {
-    constexpr int SIDE = Pairs<T>::SIDE;
-    alignas(64) T v[LANES * SIDE] = {};
+    alignas(64) T v[LANES * SIDE<T>] = {};
     for (int i = 0; i < count; i++)
-        for (int side = 0; side < SIDE; side++)
-            if (only < 0 || only == side) v[i * SIDE + side] = values[i * SIDE + side];
+        for (int side = 0; side < SIDE<T>; side++)
+            if (only < 0 || only == side) v[i * SIDE<T> + side] = values[i * SIDE<T> + side];
     return Pairs<T>::read(v);
 }
 
 // out[column...] += factors times values, over one group; C vectors of the result at a time.
 template <class T, int R, int C>
-inline void add_values(const Attend& s, const typename Pairs<T>::Factor (*factors)[GROUPS][LANES / Pairs<T>::SIDE], int g,
+inline void add_values(const Attend& s, const typename Pairs<T>::Factor (*factors)[GROUPS][LANES / SIDE<T>], int g,
                        const Keys<T>& k, float* out, int64_t column, bool fetches) {
-    constexpr int SIDE = Pairs<T>::SIDE, ROW_FACTORS = GROUPS * LANES / SIDE;
+    constexpr int ROW_FACTORS = GROUPS * LANES / SIDE<T>;
     int64_t width = row_width(s);
     bool is_narrow = C == 1 && s.value_dim - column < LANES;
     floats sums[R][C];
     typename Pairs<T>::Read read[C];
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) sums[r][c] = load<float>(out + r * width + column + c * LANES);
-    auto at = [&](const T* values, int j, int c) { return values + (j * s.value_dim + column + c * LANES) * SIDE; };
+    auto at = [&](const T* values, int j, int c) { return values + (j * s.value_dim + column + c * LANES) * SIDE<T>; };
     auto add_some = [&](int j, int only) {
         for (int c = 0; c < C; c++) read[c] = some_values(at(k.values, j, c), is_narrow ? int(s.value_dim - column) : LANES, only);
         multiply_all<T, R, C>(sums, &factors[0][g][j], ROW_FACTORS, read);
     };
-    int j = k.from / SIDE, end = k.to / SIDE;
-    if (j * SIDE < k.from) add_some(j++, 1);  // the other key of the pair is nobody's
+    int j = k.from / SIDE<T>, end = k.to / SIDE<T>;
+    if (j * SIDE<T> < k.from) add_some(j++, 1);  // the other key of the pair is nobody's
     for (; j < end; j++) {
         if (is_narrow) {
             add_some(j, -1);
@@ -125,7 +124,7 @@ inline void add_values(const Attend& s, const typename Pairs<T>::Factor (*factor
         }
         multiply_all<T, R, C>(sums, &factors[0][g][j], ROW_FACTORS, read);
     }
-    if (j * SIDE < k.to) add_some(j, 0);
+    if (j * SIDE<T> < k.to) add_some(j, 0);
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) store<float>(out + r * width + column + c * LANES, sums[r][c]);
 }
@@ -155,7 +154,7 @@ inline void cap(floats& x, float soft_cap) {
 
 // Scores of one row against a round's keys -> the factors of their values, and the row's sums made ready for them.
 template <class T>
-inline void softmax_round(const Attend& s, Rows<T>& w, int m, float* scores, const Keys<T>* groups, int count, const int64_t* positions,
+inline void softmax_round(const Attend& s, Queries<T>& w, int m, float* scores, const Keys<T>* groups, int count, const int64_t* positions,
                           typename Pairs<T>::Factor* factors) {
     const floats lane = counted();
     floats most = splat(NONE);
@@ -173,7 +172,7 @@ inline void softmax_round(const Attend& s, Rows<T>& w, int m, float* scores, con
     floats total = {};
     for (int g = 0; g < count; g++) {
         floats p = load<float>(scores + g * LANES);
-        total += as_factors(shares<T>(p, best), factors + g * (LANES / Pairs<T>::SIDE));
+        total += as_factors(shares<T>(p, best), factors + g * (LANES / SIDE<T>));
     }
     if (best > before && before != NONE) {
         int64_t width = row_width(s);
@@ -188,13 +187,13 @@ inline void softmax_round(const Attend& s, Rows<T>& w, int m, float* scores, con
 // Rows [m, m + R) of an item against the groups of one round, which begin at `positions`. Whoever is the first with them fetches what
 // comes one round later.
 template <class T, int R>
-void one_round(const Attend& s, Rows<T>& w, int m, const Keys<T>* groups, int count, const int64_t* positions, bool is_first) {
+void one_round(const Attend& s, Queries<T>& w, int m, const Keys<T>* groups, int count, const int64_t* positions, bool is_first) {
     alignas(64) float scores[R][GROUPS * LANES];
     constexpr int G = R < 3 ? 4 : 2;  // as many sums as hide the latency of each
     int g = 0;
     for (; g + G <= count; g += G) scores_of<T, R, G>(w, m, groups + g, g, is_first && groups[g + G - 1].next_keys, scores);
     for (; g < count; g++) scores_of<T, R, 1>(w, m, groups + g, g, is_first && groups[g].next_keys, scores);
-    typename Pairs<T>::Factor factors[R][GROUPS][LANES / Pairs<T>::SIDE];
+    typename Pairs<T>::Factor factors[R][GROUPS][LANES / SIDE<T>];
     for (int r = 0; r < R; r++) softmax_round<T>(s, w, m + r, scores[r], groups, count, positions, factors[r][0]);
     constexpr int C = LANES == 16 || R == 1 ? 4 : 2;  // as many sums as there are registers for
     float* out = w.out.data() + m * row_width(s);
@@ -211,7 +210,7 @@ template <class T> struct RoundByVectors {
     static constexpr int GROUPS_AT_ONCE = GROUPS;
     static constexpr int64_t ROW_UNIT = 1;  // rows that the buffers are padded to
 
-    void operator()(const Attend& s, Rows<T>& w, const Keys<T>* groups, int count, const int64_t* positions) {
+    void operator()(const Attend& s, Queries<T>& w, const Keys<T>* groups, int count, const int64_t* positions) {
         int rows = w.count / w.heads;
         head(s, w, 0, rows, groups, count, positions);
         Keys<T> of_head[GROUPS];
@@ -222,7 +221,7 @@ template <class T> struct RoundByVectors {
     }
 
 private:
-    static void head(const Attend& s, Rows<T>& w, int m, int end, const Keys<T>* groups, int count, const int64_t* positions) {
+    static void head(const Attend& s, Queries<T>& w, int m, int end, const Keys<T>* groups, int count, const int64_t* positions) {
         int first = m;
         for (; m + 4 <= end; m += 4) one_round<T, 4>(s, w, m, groups, count, positions, m == first);
         if (end - m == 3) one_round<T, 3>(s, w, m, groups, count, positions, m == first);

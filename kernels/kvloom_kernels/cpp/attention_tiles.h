@@ -15,7 +15,7 @@ public:
     // Whether an attention's sizes are whole tiles.
     static bool takes(const Attend& s) { return s.dim % TILE_DEPTH == 0 && s.value_dim % LANES == 0 && may_use_tiles(); }
 
-    void operator()(const Attend& s, Rows<bf16>& w, const Keys<bf16>* groups, int count, const int64_t* positions) {
+    void operator()(const Attend& s, Queries<bf16>& w, const Keys<bf16>* groups, int count, const int64_t* positions) {
         int of_head = w.count / w.heads, rows = of_head < TILE_ROWS_MOST ? of_head : TILE_ROWS_MOST;
         uint8_t r = uint8_t(rows);
         shapes_.set({r, r, r, r, r, 16, r, 8}, {64, 64, 64, 64, 64, 64, 32, 64});
@@ -67,7 +67,7 @@ private:
     }
 
     // Of up to four groups of a head.
-    void scores_of(const Rows<bf16>& w, int m, int h, const Keys<bf16>* groups, int g, int count) {
+    void scores_of(const Queries<bf16>& w, int m, int h, const Keys<bf16>* groups, int g, int count) {
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
@@ -97,7 +97,7 @@ private:
     }
 
     // A round is a chunk: its sums begin at nothing.
-    void add_values(const Attend& s, Rows<bf16>& w, int m, int h, const Keys<bf16>* groups, int count) const {
+    void add_values(const Attend& s, Queries<bf16>& w, int m, int h, const Keys<bf16>* groups, int count) const {
         int first_row = h * (w.count / w.heads);
         for (int64_t column = 0; column < s.value_dim; column += 4 * LANES) {
             Columns c{w.out.data() + (first_row + m) * s.value_dim + column, factors_[first_row], values_[h], column, s.value_dim};

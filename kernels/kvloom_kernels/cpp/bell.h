@@ -1,6 +1,6 @@
 // Waiting for a word to change: a short while busily, then asleep. Who waits busily for long takes the core from others, and is set aside
 // by the scheduler when its own work comes: a thread that slept is woken in 5 to 20 microseconds, one that spun beside a busy process waits
-// for its next slice, 3 to 7 milliseconds (scripts/bench_idle).
+// for its next slice, 3 to 7 milliseconds.
 #pragma once
 #include <atomic>
 #include <chrono>

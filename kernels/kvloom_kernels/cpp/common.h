@@ -25,6 +25,9 @@ struct bf16 {
     uint16_t bits;
 };
 
+// Elements that lie side by side in one 32-bit lane, the unit in which they are multiplied.
+template <class T> constexpr int SIDE = 4 / sizeof(T);
+
 inline floats splat(float x) { return x - floats{}; }
 
 // 0, 1, 2 ... in the lanes.

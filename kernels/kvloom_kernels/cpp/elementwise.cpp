@@ -87,35 +87,33 @@ struct Write {
 
 // Where the cache keeps a token.
 template <class T> struct Place {
-    static constexpr int64_t SIDE = sizeof(T) == 2 ? 2 : 1;
     const Write& w;
     int64_t block, offset;
 
     Place(const Write& w, int64_t t) : w(w), block(w.slots[t] / w.block_tokens), offset(w.slots[t] % w.block_tokens) {}
 
     // Whether values of token t and of the one before, or after, lie side by side: the first of the two writes both.
-    bool follows(int64_t t) const { return SIDE == 2 && offset % 2 && t > 0 && w.slots[t - 1] + 1 == w.slots[t]; }
+    bool follows(int64_t t) const { return SIDE<T> == 2 && offset % 2 && t > 0 && w.slots[t - 1] + 1 == w.slots[t]; }
     bool is_followed(int64_t t) const {
-        return SIDE == 2 && offset % 2 == 0 && offset + 1 < w.block_tokens && t + 1 < w.rows && w.slots[t] + 1 == w.slots[t + 1];
+        return SIDE<T> == 2 && offset % 2 == 0 && offset + 1 < w.block_tokens && t + 1 < w.rows && w.slots[t] + 1 == w.slots[t + 1];
     }
 
     T* keys(int64_t h) const {
-        int64_t steps = (w.dim + SIDE - 1) / SIDE;
-        return (T*)w.k_cache + (block * w.k.count + h) * steps * SIDE * w.block_tokens + offset * SIDE;
+        int64_t steps = (w.dim + SIDE<T> - 1) / SIDE<T>;
+        return (T*)w.k_cache + (block * w.k.count + h) * steps * SIDE<T> * w.block_tokens + offset * SIDE<T>;
     }
     T* values(int64_t h) const {
-        int64_t pairs = (w.block_tokens + SIDE - 1) / SIDE;
-        return (T*)w.v_cache + (block * w.k.count + h) * pairs * SIDE * w.value_dim + offset / SIDE * w.value_dim * SIDE + offset % SIDE;
+        int64_t pairs = (w.block_tokens + SIDE<T> - 1) / SIDE<T>;
+        return (T*)w.v_cache + (block * w.k.count + h) * pairs * SIDE<T> * w.value_dim + offset / SIDE<T> * w.value_dim * SIDE<T> + offset % SIDE<T>;
     }
 };
 
 template <class T> void write_keys(const Write& w, const Place<T>& place, int64_t t) {
-    constexpr int64_t SIDE = Place<T>::SIDE;
     for (int64_t h = 0; h < w.k.count; h++) {
         const T* head = (const T*)w.k.data + t * w.k.stride + h * w.dim;
         T* to = place.keys(h);
         int64_t d = 0;
-        for (; d + SIDE <= w.dim; d += SIDE) std::memcpy((void*)(to + d * w.block_tokens), head + d, SIDE * sizeof(T));
+        for (; d + SIDE<T> <= w.dim; d += SIDE<T>) std::memcpy((void*)(to + d * w.block_tokens), head + d, SIDE<T> * sizeof(T));
         if (d < w.dim) to[d * w.block_tokens] = head[d];
     }
 }
@@ -124,7 +122,7 @@ template <class T> void write_values(const Write& w, const Place<T>& place, int6
     for (int64_t h = 0; h < w.k.count; h++) {
         const T* value = (const T*)w.v + t * w.v_stride + h * w.value_dim;
         T* to = place.values(h);
-        for (int64_t d = 0; d < w.value_dim; d++) to[d * Place<T>::SIDE] = value[d];
+        for (int64_t d = 0; d < w.value_dim; d++) to[d * SIDE<T>] = value[d];
     }
 }
 
@@ -162,7 +160,7 @@ extern "C" void kvloom_rms_norm(const void* arguments, const Team& team) {
     n.is_bf16 ? norm<bf16>(n, team) : norm<float>(n, team);
 }
 
-// gate_up [rows, 2 * width] -> silu(gate) * up [rows, width].
+// gate_up [rows, 2 * width] -> activation(gate) * up [rows, width].
 extern "C" void kvloom_gated_mul(const void* arguments, const Team& team) {
     const Gated& g = *(const Gated*)arguments;
     g.is_bf16 ? gated_mul<bf16>(g, team) : gated_mul<float>(g, team);

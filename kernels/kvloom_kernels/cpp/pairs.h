@@ -6,7 +6,6 @@
 template <class T> struct Pairs;
 
 template <> struct Pairs<float> {
-    static constexpr int SIDE = 1;
     typedef float Factor;
     typedef floats Read;
     static void get_all(const float* x, int64_t size, Factor* out) { std::memcpy(out, x, size * sizeof(float)); }
@@ -15,7 +14,6 @@ template <> struct Pairs<float> {
 };
 
 template <> struct Pairs<bf16> {
-    static constexpr int SIDE = 2;
 #ifdef __AVX512BF16__
     typedef uint32_t Factor;
     typedef words Read;

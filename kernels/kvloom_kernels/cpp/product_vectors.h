@@ -12,8 +12,7 @@ constexpr int PANEL = LANES;
 constexpr int STREAMED_ROWS = 4;    // up to here the weight is read faster than it is multiplied: fetch it in advance
 constexpr int AHEAD_BYTES = 2048;
 
-// Elements of K that lie side by side, and steps of such.
-template <class T> constexpr int SIDE = sizeof(T) == 2 ? 2 : 1;
+// Steps of elements of K that lie side by side.
 template <class T> inline int64_t steps(int64_t k) { return (k + SIDE<T> - 1) / SIDE<T>; }
 template <class T> inline int64_t panel_elements(int64_t k) { return steps<T>(k) * SIDE<T> * PANEL; }
 
