@@ -316,7 +316,7 @@ def test_as_many_ranges_as_tokens_are_no_rows(small_checkpoint: Path, max_num_se
         expected = written(llm)
     with LLM(str(small_checkpoint), **values) as llm, replayed(monkeypatch) as seen:
         assert written(llm) == expected
-        assert 32 in seen
+        assert 32 in seen.prompts
 
 
 def test_ranges_beyond_a_step_are_empty() -> None:
