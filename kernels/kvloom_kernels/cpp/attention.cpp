@@ -239,14 +239,19 @@ inline std::vector<Parts> share_out(const Attend& s, const std::vector<Item>& it
 }
 
 // Heads that one item reads. Those of a block lie side by side, and memory is read the faster the more lies together: rows of one token
-// take as many as there are rows in a tile, unless that leaves too few items for the threads.
+// take as many as there are rows in a tile, unless that leaves too few items, or too few parts of them, for the threads.
 inline int64_t heads_at_once(const Attend& s, int threads) {
-    int64_t most = MAX_SPLIT_ROWS / (s.heads / s.kv_heads);
+    int64_t most = MAX_SPLIT_ROWS / (s.heads / s.kv_heads), chunks = 0;
     if (s.block_tokens % LANES || most < 2) return 1;
-    for (int64_t row = 0; row < s.rows; row++)
-        if (s.query_starts[row + 1] - s.query_starts[row] > 1) return 1;
+    for (int64_t row = 0; row < s.rows; row++) {
+        int64_t tokens = s.query_starts[row + 1] - s.query_starts[row], first, count;
+        if (tokens > 1) return 1;
+        if (!tokens) continue;
+        chunks_of(s, {row, 0, 1, 0, 1}, first, count);
+        chunks += count;
+    }
     int64_t items = (s.kv_heads + most - 1) / most;  // of a row
-    return s.query_starts[s.rows] * items < 4 * threads ? 1 : (s.kv_heads + items - 1) / items;
+    return chunks * items < 4 * threads ? 1 : (s.kv_heads + items - 1) / items;
 }
 
 template <class T, class Round> void attend(const Attend& s, const Team& team) {
