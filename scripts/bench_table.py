@@ -15,8 +15,8 @@ WIDTHS = {"bfloat16": 1, "float32": 2}
 """Of an engine's weights beside the checkpoint's."""
 LIMITS = ("read_bytes_s", "flop_s")
 NOT_MEASURED = "not measured"
-MEMORY_NOTE = ("A peak holds only those pages of kvloom's cache that were used, at the start (for a quarter of a second) or by requests: "
-               "beyond weights and cache it is negative where they are less than the cache.")
+MEMORY_NOTE = ("A peak holds only those pages of kvloom's cache that were used, at the start (for a quarter of a second) or by "
+               "requests: beyond weights and cache it is negative where they are less than the cache.")
 
 
 class Line(NamedTuple):
