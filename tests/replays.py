@@ -69,6 +69,6 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Replays]:
 def assert_repeated(seen: Replays) -> None:
     """No step ran call by call, and steps of both kinds were repeated. Without C++ kernels nothing is recorded."""
     if problem() is None:
-        assert seen.call_by_call == 0
-        assert seen.decode
-        assert seen.prompts
+        assert seen.call_by_call == 0, seen
+        assert seen.decode, seen
+        assert seen.prompts, seen
