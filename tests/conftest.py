@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes.util
 import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from repository import ROOT, has_gpu
+
 # Tiny models: a second thread costs more than it gives, and on a busy machine very much more. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Without a GPU the Triton kernels are interpreted; triton reads it while it is imported.
-if ctypes.util.find_library("cuda") is None:
+if not has_gpu():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 from hypothesis import settings
-from repository import ROOT
 
 # No time limits: CI machines are busy. The same examples every time; `--hypothesis-profile=explore` looks for new ones.
 settings.register_profile("repeat", deadline=None, derandomize=True)

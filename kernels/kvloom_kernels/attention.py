@@ -148,6 +148,12 @@ def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Te
     return out
 
 
+def paged_write_reference(new: Tensor, cache: Tensor, slots: Tensor) -> None:
+    """Store ``new [T, Hk, D]`` at ``slots [T]`` of ``cache [N, Hk, B, D]``."""
+    block_tokens = cache.shape[2]
+    cache[slots // block_tokens, :, slots % block_tokens] = new
+
+
 def norm_rope_write_reference(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
                               rotation: tuple[Tensor, Tensor] | None = None, norms: tuple[Tensor, Tensor] | None = None,
                               eps: float = 0.0) -> None:
@@ -161,9 +167,8 @@ def norm_rope_write_reference(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, 
             turned = heads[..., :table.shape[1]]
             first, second = turned.float().chunk(2, dim=-1)
             turned.copy_(torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1))
-    block_tokens = k_cache.shape[2]
-    for cache, heads in ((k_cache, k), (v_cache, v)):
-        cache[slots // block_tokens, :, slots % block_tokens] = heads
+    paged_write_reference(k, k_cache, slots)
+    paged_write_reference(v, v_cache, slots)
 
 
 def norm_rope_write(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, block_tokens: int,

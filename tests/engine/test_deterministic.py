@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kvloom import LLM, SamplingParams
 from kvloom.errors import ConfigError
@@ -56,6 +58,23 @@ def test_deterministic__holds_beside_neighbours_in_any_order_with_chunks_and_a_w
             found = {i: o for (_, _, i), o in zip(asked, outputs, strict=True) if i >= 0}
             assert bits([found[i] for i in range(len(PROMPTS))]) == alone
             assert (found[0].num_cached_tokens > 0) == bool(neighbours)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_deterministic__holds_where_threads_share_a_context_and_where_they_share_rows(long_checkpoint: Path, dtype: str, alone: list[Any]) -> None:
+    """What is alone has its keys divided among the threads, in pieces of 512; beside others it has not. `alone` is of one thread."""
+    with engine(long_checkpoint, dtype, enable_prefix_caching=False) as llm:
+        assert [bits(llm.generate([p], SEEDED, use_tqdm=False))[0] for p in PROMPTS] == alone
+        asked = [SEEDED] * len(PROMPTS) + [UNSEEDED] * len(NEIGHBOURS)
+        assert bits(llm.generate([*PROMPTS, *NEIGHBOURS], asked, use_tqdm=False)[:len(PROMPTS)]) == alone
 
 
 def test_deterministic__holds_over_preemptions(long_checkpoint: Path, dtype: str, alone: list[Any]) -> None:

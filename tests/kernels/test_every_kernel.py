@@ -45,6 +45,13 @@ KERNELS = {
     "kvloom_draw": Checks("sampling.draw_reference", "test_odd_shapes.test_the_best_and_draws"),
     "kvloom_token_logprobs": Checks("sampling.token_logprobs_reference", "test_odd_shapes.test_logprobs_over_views"),
 }
+TRITON_KERNELS = {
+    "attend_kernel": Checks("attention.paged_attention_reference", "test_triton_attention.test_contexts_however_divided_agree_with_the_plain_reference"),
+    "join_kernel": Checks("attention.paged_attention_reference", "test_triton_attention.test_contexts_however_divided_agree_with_the_plain_reference"),
+    "write_kernel": Checks("attention.paged_write_reference", "test_triton_attention.test_a_write_puts_each_token_in_its_slot_and_touches_nothing_else"),
+    "norm_rope_write_kernel": Checks("attention.norm_rope_write_reference", "test_triton_attention.test_norm_rotation_and_write_in_one_launch"),
+}
+"""That `scripts/bench_gpu_attention` launches each is said by its own test, which interprets them."""
 NO_KERNELS = {"kvloom_run", "kvloom_packed_elements", "kvloom_panel_features", "kvloom_bf16_products"}
 """Exported too: what runs kernels, and facts about packed weights. They compute nothing."""
 
@@ -69,11 +76,17 @@ def test_the_library_has_them_all() -> None:
     assert all(hasattr(library(), name) for name in (*KERNELS, *NO_KERNELS))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_triton_kernel_has_a_test() -> None:
+    sources = "".join(path.read_text() for path in (SOURCES.parent / "gpu").glob("*.py"))
+    assert sorted(re.findall(r"@triton\.jit.*\ndef ([a-z]\w*)\(", sources)) == sorted(TRITON_KERNELS)
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, *TRITON_KERNELS])
 def test_a_kernels_test_calls_its_reference(kernel: str) -> None:
-    module, _, reference = KERNELS[kernel].reference.partition(".")
+    checks = (KERNELS | TRITON_KERNELS)[kernel]
+    module, _, reference = checks.reference.partition(".")
     assert callable(getattr(import_module(f"kvloom_kernels.{module}"), reference))
-    name, _, test = KERNELS[kernel].test.partition(".")
+    name, _, test = checks.test.partition(".")
     functions = functions_of((Path(__file__).parent / f"{name}.py").read_text())
     body = functions[test] + "".join(own for helper, own in functions.items() if helper.startswith("assert_") and f"{helper}(" in functions[test])
     assert f"{reference}(" in body

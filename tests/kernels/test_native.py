@@ -89,6 +89,22 @@ def features(flags: str) -> set[str]:
     return {words[1] for line in done.stdout.splitlines() if (words := line.split())[1] in asked}
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++, with which the kernels are known to compile")
+@pytest.mark.parametrize(("march", "macro"), [("x86-64", "__SSE2__"), ("x86-64-v3", "__AVX2__"), ("x86-64-v4", "__AVX512F__"),
+                                              ("cooperlake", "__AVX512BF16__"), ("sapphirerapids", "__AMX_BF16__")])
+def test_every_source_compiles_for_every_kind_of_cpu(tmp_path: Path, march: str, macro: str) -> None:
+    """For this one alone the compiler sees few of the branches. Unoptimised code takes little time, and tells which instructions lack."""
+    for_it = ["g++", *native.FLAGS, f"-march={march}", "-O0"]
+    known = subprocess.run([*for_it, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=False)
+    if known.returncode:
+        pytest.skip(f"this g++ does not know the CPU: {known.stderr.splitlines()[0]}")
+    assert f"#define {macro} " in known.stdout
+    sources = sorted(map(str, native.SOURCES.glob("*.cpp")))
+    done = subprocess.run([*for_it, "-S", *sources], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list(tmp_path.iterdir())) == len(sources)
+
+
 @needs_compiler
 @pytest.mark.parametrize("flags", ["-march=x86-64-v3", "-mno-amx-bf16"])
 def test_kernels_for_lesser_cpus_give_the_same(flags: str) -> None:
@@ -96,8 +112,8 @@ def test_kernels_for_lesser_cpus_give_the_same(flags: str) -> None:
     if platform.machine() != "x86_64":
         pytest.skip("the flags are of this architecture")
     if features(flags) == features("-O3"):
-        return  # this CPU is as small: the files test these kernels without flags
-    files = [f"tests/kernels/test_{name}.py" for name in ("product", "attention_shapes", "odd_shapes")]
+        pytest.skip("this CPU is as small: the files test these kernels without flags")
+    files = [f"tests/kernels/test_{name}.py" for name in ("product", "product_blocks", "attention_shapes", "attention_split", "odd_shapes")]
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files], cwd=ROOT, capture_output=True, text=True,
                           check=False, env={**os.environ, native.FLAGS_VARIABLE: flags})
     assert done.returncode == 0, done.stdout[-3000:]

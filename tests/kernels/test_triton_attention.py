@@ -25,10 +25,9 @@ from test_attention import SPEC as HOST_SPEC
 from test_attention import Case, assert_close
 
 from kvloom.interfaces import AttentionBatch, AttentionSpec, LayerCache
-from kvloom.layers import Rotation, rotate
-from kvloom_kernels.gpu.attention import MAX_SPLITS, paged_write, split_count
+from kvloom_kernels.attention import Scores, norm_rope_write_reference, paged_attention_reference, paged_write_reference
+from kvloom_kernels.gpu.attention import MAX_SPLITS, paged_attention_gpu, paged_write, split_count
 from kvloom_kernels.native import problem
-from kvloom_kernels.norm import rms_norm_reference
 from kvloom_kernels.plan import NotRecordableError, Plan, recorded
 from kvloom_plugins.attention.reference import ReferenceAttention
 from kvloom_plugins.attention.triton import TritonAttention
@@ -44,7 +43,8 @@ LONG = [([(2100, 1)], None), ([(1500, 1), (600, 3)], 300)]
 if ON_GPU:
     LONG += [(rows, window) for rows in ([(32_000, 1)], [(9000, 1), (4095, 1), (4096, 1), (4097, 1)], [(5000, 700), (8191, 1), (0, 2500)])
              for window in (None, 1, 1000)]
-HEADS = [(1, 1, 8, 8), (8, 1, 128, 128), (3, 1, 7, 5), (2, 2, 80, 96), (6, 2, 96, 96), (5, 1, 112, 112), (2, 1, 256, 256)]
+HEADS = [(1, 1, 8, 8), (8, 1, 128, 128), (3, 1, 7, 5), (2, 2, 80, 96), (6, 2, 96, 96), (5, 1, 112, 112), (2, 1, 64, 64),
+         (2, 1, 256, 256), (1, 1, 80, 80)]
 """Query heads, kv heads, elements of a key and of a value."""
 BLOCK_TOKENS = [1, 5, 16, 32]
 
@@ -66,6 +66,28 @@ def test_a_long_context_is_divided_among_programs(rows: list, window: int | None
 def test_head_shapes_and_block_sizes(shape: tuple[int, int, int, int], block_tokens: int) -> None:
     spec = AttentionSpec(*shape, shape[2] ** -0.5, block_tokens=block_tokens, device=DEVICE)
     assert_close(Case(spec, [(33, 1), (0, 18), (2, 5)]), TritonAttention)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("scores", [Scores(0.125), Scores(0.25, window_tokens=20, soft_cap=4.0)], ids=["plain", "window and soft cap"])
+@pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (80, 80), (7, 5)])
+def test_contexts_however_divided_agree_with_the_plain_reference(splits: int, scores: Scores, dim: int, value_dim: int) -> None:
+    """Also where programs are left without a key; blocks of nobody hold NaN."""
+    generator, rows, heads, kv_heads, block_tokens, columns = torch.Generator().manual_seed(dim), [(5, 1), (70, 1), (90, 20)], 4, 2, 16, 6
+    contexts = torch.tensor([context for context, _ in rows])
+    starts = torch.tensor([0, *(new for _, new in rows)]).cumsum(0)
+    q = torch.randn(int(starts[-1]), heads, dim, generator=generator)
+    table = (torch.randperm(3 * columns, generator=generator) + 1).int().view(3, columns)
+    caches = [torch.full((1 + 3 * columns, kv_heads, block_tokens, d), torch.nan) for d in (dim, value_dim)]
+    for row, (context, _) in zip(table, rows, strict=True):
+        used = row[:-(-context // block_tokens)].long()
+        for cache in caches:
+            cache[used] = torch.randn(len(used), *cache.shape[1:], generator=generator)
+    expected = paged_attention_reference(q, *caches, table, starts.numpy(), contexts.numpy(), scores)
+    on_device = [x.to(DEVICE) for x in (q, *caches, table, starts.int(), contexts.int())]
+    out = torch.full((len(q), heads, value_dim), torch.nan, device=DEVICE)
+    got = paged_attention_gpu(*on_device, scores, 20, splits, out)
+    torch.testing.assert_close(got.cpu(), expected, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("group", [*range(1, 9), 70])
@@ -95,7 +117,7 @@ def test_a_write_puts_each_token_in_its_slot_and_touches_nothing_else(kv_heads: 
     slots = torch.randperm(25 * block_tokens, generator=generator)[:19].to(DEVICE)
     cache = torch.full((25, kv_heads, block_tokens, dim), 7.0, dtype=new.dtype, device=DEVICE)
     expected = cache.clone()
-    expected[slots // block_tokens, :, slots % block_tokens] = new
+    paged_write_reference(new, expected, slots)
     paged_write(new, cache, slots)
     assert torch.equal(cache, expected)
     paged_write(new[:0], cache, slots[:0])
@@ -116,16 +138,6 @@ def test_soft_cap_agrees_with_the_reference() -> None:
     case = Case(replace(SPEC, soft_cap=2.5), [(0, 30), (20, 1)])
     expected = replace(case, spec=replace(case.spec, device="cpu")).run(ReferenceAttention)[0]
     torch.testing.assert_close(case.run(TritonAttention)[0].cpu(), expected, atol=2e-5, rtol=2e-5)
-
-
-def rotated_in_steps(q, k, v, backend, cache, batch, table, positions, norms, eps):
-    """What the layer does where a backend does not fuse."""
-    if norms is not None:
-        q, k = rms_norm_reference(q, norms[0], eps), rms_norm_reference(k, norms[1], eps)
-    rotation = Rotation(table, positions, q.dtype)
-    q, k = rotate(q, rotation), rotate(k, rotation)
-    backend.write(k, v, cache, backend.prepare(batch))
-    return q, k
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "value_dim", "rotary_dim"),
@@ -150,11 +162,11 @@ def test_norm_rotation_and_write_in_one_launch(heads: int, kv_heads: int, dim: i
     def parts():
         return [x.view(tokens, -1, d) for x, d in zip(qkv.clone().split(widths, 1), (dim, dim, value_dim), strict=True)]
 
-    caches = [LayerCache(0, tuple(torch.full((6, *t.shape), 0.25, dtype=kind, device=DEVICE) for t in backend.state_shapes())) for _ in range(2)]
-    q, k, v = parts()
-    assert backend.norm_rope_write(q, k, v, caches[0], backend.prepare(batch), table, positions, *(norms or (None, None)), 1e-5)
-    expected_q, expected_k = rotated_in_steps(*parts(), backend, caches[1], batch, table, positions, norms, 1e-5)
-    for got, expected in zip((q, k, *caches[0].tensors), (expected_q, expected_k, *caches[1].tensors), strict=True):
+    caches = [tuple(torch.full((6, *t.shape), 0.25, dtype=kind, device=DEVICE) for t in backend.state_shapes()) for _ in range(2)]
+    (q, k, v), plain = parts(), parts()
+    assert backend.norm_rope_write(q, k, v, LayerCache(0, caches[0]), backend.prepare(batch), table, positions, *(norms or (None, None)), 1e-5)
+    norm_rope_write_reference(*plain, *caches[1], slots, (table, positions), norms, 1e-5)
+    for got, expected in zip((q, k, *caches[0]), (*plain[:2], *caches[1]), strict=True):
         torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
     assert torch.equal(v, parts()[2])
 

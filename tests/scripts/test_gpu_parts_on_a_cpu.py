@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gpu_decode
 import gpu_exact
@@ -136,6 +137,62 @@ def test_attention_is_checked_and_measured() -> None:
     assert (decode.failures, prefill.failures) == ((), ())
     assert [row[:2] for row in decode.rows] == [("2", "40")]
     assert prefill.rows[1][-2:] == ("-", "-"), "torch's causal mask does not begin in the middle"
+
+
+@interpreted
+def test_writes_are_checked_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="needs triton: install kvloom[gpu]")
+    import gpu_attention
+    import gpu_writes
+
+    monkeypatch.setattr(gpu_attention, "ROUNDS", 1)
+    found = gpu_writes.run("cpu", gpu_attention.Limits(1e9, 1e9), [6, 20], gpu_attention.Heads(2, 1, 16), 1)
+    assert found.failures == ()
+    assert [row[:2] for row in found.rows] == [(kernel, n) for n in ("6", "20") for kernel in ("write_kernel", "norm_rope_write_kernel")]
+
+
+@interpreted
+def test_writes_that_are_wrong_are_a_failure() -> None:
+    pytest.importorskip("triton", reason="needs triton: install kvloom[gpu]")
+    import gpu_attention
+    import gpu_writes
+
+    heads = gpu_attention.Heads(2, 1, 16)
+    case = gpu_writes.WriteCase(3, heads, "cpu", 2**10)
+    for ours, theirs in ((case.write, case.write_reference), (case.norm_rope_write, case.norm_rope_write_reference)):
+        assert case.error(ours, theirs) < gpu_attention.TOLERANCE
+        for wrong in (lambda turn: None, lambda turn, ours=ours: ours(turn + 1)):
+            assert case.error(wrong, theirs) > gpu_attention.TOLERANCE
+    measured = gpu_writes.Measured("write_kernel", 3, 1.0, 1.0, 1, float("nan"))
+    assert "nan" in gpu_writes.section([measured], gpu_attention.Limits(1e9, 1e9), heads).failures[0]
+
+
+@interpreted
+def test_every_triton_kernel_is_launched_by_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="needs triton: install kvloom[gpu]")
+    import gpu_attention
+    import gpu_writes
+
+    from kvloom_kernels.gpu import attend, attention
+
+    launched: set[str] = set()
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name, self.kernel = name, getattr(attend, name)
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            launched.add(self.name)
+            return self.kernel[grid]
+
+    kernels = {name for name in vars(attend) if name.endswith("_kernel")}
+    for name in kernels:
+        monkeypatch.setattr(attention, name, Kernel(name))
+    heads, card = gpu_attention.Heads(2, 1, 16), gpu_attention.Limits(1e9, 1e9)
+    monkeypatch.setattr(gpu_attention, "ROUNDS", 1)
+    gpu_attention.run("cpu", [gpu_attention.Work(1, 1, 520)], [gpu_attention.Work(1, 4, 4)], heads, 1, card)
+    gpu_writes.run("cpu", card, [2], heads, 1)
+    assert launched == kernels
 
 
 @interpreted

@@ -30,6 +30,19 @@ def padded(elements: int) -> int:
     return max(16, int(triton.next_power_of_2(elements)))
 
 
+def attend_sizes(dim: int, value_dim: int, group: int, tile: Tiles) -> dict[str, int]:
+    """Constants of `attend_kernel` that say what one program takes at once, for `group` query heads of a kv head."""
+    group_pad = int(triton.next_power_of_2(group))
+    return {"QUERIES": max(1, tile.lanes // group_pad), "GROUP_PAD": group_pad, "KEYS": tile.keys, "DIM_PAD": padded(dim),
+            "VALUE_PAD": padded(value_dim)}
+
+
+def rope_sizes(dim: int, value_dim: int, half: int) -> dict[str, int]:
+    """Constants of `norm_rope_write_kernel`: powers of two that hold what it has in registers."""
+    pads = {"HALF_PAD": half, "REST_PAD": max(1, dim - 2 * half), "VALUE_PAD": value_dim}
+    return {name: int(triton.next_power_of_2(elements)) for name, elements in pads.items()}
+
+
 def split_count(programs: int, max_context_tokens: int, wanted_programs: int = 256) -> int:
     """Among how many programs a row's context is divided, so that few sequences still fill a GPU."""
     return max(1, min(MAX_SPLITS, wanted_programs // max(programs, 1), max_context_tokens // LEAST_SPLIT_TOKENS))
@@ -74,8 +87,7 @@ def norm_rope_write_gpu(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cach
         norm_rope_write_kernel[(tokens, heads + kv_heads)](
             q, k, v, k_cache, v_cache, slots, table, positions, q_norm, k_norm, q.stride(0), k.stride(0), v.stride(0), heads, kv_heads,
             eps, DIM=dim, VALUE_DIM=value_dim, HALF=half, BLOCK_TOKENS=k_cache.shape[2], NORMED=norms is not None,
-            HALF_PAD=triton.next_power_of_2(half), REST_PAD=triton.next_power_of_2(max(1, dim - 2 * half)),
-            VALUE_PAD=triton.next_power_of_2(value_dim))
+            **rope_sizes(dim, value_dim, half))
 
 
 def paged_attention_gpu(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, query_starts: Tensor, context_tokens: Tensor,
@@ -93,18 +105,16 @@ def paged_attention_gpu(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table
     if not tokens:
         return out
     group = heads // kv_heads
-    group_pad = triton.next_power_of_2(group)
     tile = tiles(q.element_size(), max(dim, value_dim), max_query_tokens)
-    queries = max(1, tile.lanes // group_pad)
+    sizes = attend_sizes(dim, value_dim, group, tile)
     parts = out if splits == 1 else torch.empty(splits, tokens, heads, value_dim, dtype=torch.float32, device=q.device)
     tops, sums = (torch.empty(splits, tokens, heads, dtype=torch.float32, device=q.device) for _ in range(2))
-    grid = (context_tokens.shape[0], triton.cdiv(max_query_tokens, queries), kv_heads * splits)
+    grid = (context_tokens.shape[0], triton.cdiv(max_query_tokens, sizes["QUERIES"]), kv_heads * splits)
     attend_kernel[grid](
         q, k_cache, v_cache, block_table, query_starts, context_tokens, parts, tops, sums, q.stride(0), block_table.stride(0),
         scores.scale, scores.soft_cap or 0.0, heads, kv_heads, tokens, splits, DIM=dim, VALUE_DIM=value_dim, GROUP=group,
         BLOCK_TOKENS=block_tokens, WINDOW=scores.window_tokens or 0, CAUSAL=scores.causal, CAPPED=scores.soft_cap is not None,
-        QUERIES=queries, GROUP_PAD=group_pad, KEYS=tile.keys, DIM_PAD=padded(dim), VALUE_PAD=padded(value_dim),
-        WIDE=q.device.type == "cpu", num_warps=tile.warps)
+        WIDE=q.device.type == "cpu", num_warps=tile.warps, **sizes)
     if splits > 1:
         join_kernel[(tokens * heads,)](parts, tops, sums, out, tokens * heads, splits, VALUE_DIM=value_dim, VALUE_PAD=padded(value_dim))
     return out
