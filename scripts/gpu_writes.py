@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from gpu_attention import COLD_BYTES, TOLERANCE, Heads, Limits, median_s
+from gpu_attention import COLD_BYTES, Heads, Limits, median_s
 from gpu_table import Section, microseconds, percent, ratio
 from torch import Tensor
 
@@ -18,6 +18,8 @@ from kvloom_kernels.gpu.attention import norm_rope_write_gpu, paged_write
 
 TOKENS = (1, 64, 256, 8192)
 """Of a step: three of decoding, one of prompts."""
+TOLERANCE = 2e-2
+"""Relative to the norm of the reference. Triton's interpreter is wrong by 1e-2: it cuts off where a GPU rounds, three times."""
 MOST_TURNS = 64
 EPS = 1e-6
 Call = Callable[[int], object]

@@ -93,12 +93,14 @@ def features(flags: str) -> set[str]:
 @pytest.mark.parametrize(("march", "macro"), [("x86-64", "__SSE2__"), ("x86-64-v3", "__AVX2__"), ("x86-64-v4", "__AVX512F__"),
                                               ("cooperlake", "__AVX512BF16__"), ("sapphirerapids", "__AMX_BF16__")])
 def test_every_source_compiles_for_every_kind_of_cpu(tmp_path: Path, march: str, macro: str) -> None:
-    """For this one alone the compiler sees few of the branches. Unoptimised code takes little time, and tells which instructions lack."""
+    """For this one alone the compiler sees few of the branches. `-fsyntax-only` would not tell that a CPU lacks an instruction."""
     for_it = ["g++", *native.FLAGS, f"-march={march}", "-O0"]
     known = subprocess.run([*for_it, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=False)
     if known.returncode:
         pytest.skip(f"this g++ does not know the CPU: {known.stderr.splitlines()[0]}")
     assert f"#define {macro} " in known.stdout
+    if features(f"-march={march}") == features("-O3"):
+        pytest.skip("these are the branches of this CPU, which are compiled without flags")
     sources = sorted(map(str, native.SOURCES.glob("*.cpp")))
     done = subprocess.run([*for_it, "-S", *sources], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -68,12 +68,12 @@ def test_head_shapes_and_block_sizes(shape: tuple[int, int, int, int], block_tok
     assert_close(Case(spec, [(33, 1), (0, 18), (2, 5)]), TritonAttention)
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("scores", [Scores(0.125), Scores(0.25, window_tokens=20, soft_cap=4.0)], ids=["plain", "window and soft cap"])
-@pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (80, 80), (7, 5)])
-def test_contexts_however_divided_agree_with_the_plain_reference(splits: int, scores: Scores, dim: int, value_dim: int) -> None:
+@pytest.mark.parametrize(("dim", "value_dim", "splits", "scores"), [
+    (64, 64, 1, Scores(0.125)), (64, 64, 3, Scores(0.25, window_tokens=20, soft_cap=4.0)), (80, 80, 3, Scores(0.125)), (7, 5, 2, Scores(0.3))],
+    ids=["64", "64 in 3", "80 in 3", "7 and 5 in 2"])
+def test_contexts_however_divided_agree_with_the_plain_reference(dim: int, value_dim: int, splits: int, scores: Scores) -> None:
     """Also where programs are left without a key; blocks of nobody hold NaN."""
-    generator, rows, heads, kv_heads, block_tokens, columns = torch.Generator().manual_seed(dim), [(5, 1), (70, 1), (90, 20)], 4, 2, 16, 6
+    generator, rows, heads, kv_heads, block_tokens, columns = torch.Generator().manual_seed(dim), [(5, 1), (40, 1), (60, 6)], 4, 2, 16, 4
     contexts = torch.tensor([context for context, _ in rows])
     starts = torch.tensor([0, *(new for _, new in rows)]).cumsum(0)
     q = torch.randn(int(starts[-1]), heads, dim, generator=generator)
@@ -86,7 +86,7 @@ def test_contexts_however_divided_agree_with_the_plain_reference(splits: int, sc
     expected = paged_attention_reference(q, *caches, table, starts.numpy(), contexts.numpy(), scores)
     on_device = [x.to(DEVICE) for x in (q, *caches, table, starts.int(), contexts.int())]
     out = torch.full((len(q), heads, value_dim), torch.nan, device=DEVICE)
-    got = paged_attention_gpu(*on_device, scores, 20, splits, out)
+    got = paged_attention_gpu(*on_device, scores, 6, splits, out)
     torch.testing.assert_close(got.cpu(), expected, atol=2e-5, rtol=2e-5)
 
 
