@@ -52,9 +52,11 @@ def _script(name: str, *arguments: str) -> tuple[str, ...]:
 
 
 def _pytest() -> tuple[str, ...]:
-    """The kernels' tests: no plugins but several processes where there are any, and another version's warnings are none of ours."""
+    """The tests of our kernels, and of what torch gathers for them: no plugins but several processes where there are any, and another
+    version's warnings are none of ours."""
     processes = ("-p", "xdist", "-n", str(min(8, os.cpu_count() or 1))) if find_spec("xdist") is not None else ()
-    tests = sorted(map(str, (SCRIPTS.parent / "tests" / "kernels").glob("test_triton_*.py")))
+    folder = SCRIPTS.parent / "tests" / "kernels"
+    tests = map(str, (*sorted(folder.glob("test_triton_*.py")), folder / "test_gather.py"))
     return ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", "--junitxml", "{out}", *processes, *tests)
 
 

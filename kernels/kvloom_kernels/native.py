@@ -32,6 +32,8 @@ SIGNATURES = {
     "kvloom_bf16_products": (),
     "kvloom_apply_bitmask": (_P, _I, _P, _P, _I, _I, _B, _B),
     "kvloom_attend_tokens": (_P, _I, _P, _I, _P, _I, _P, _I, _I, _I, _I, _I, _I, _F, _F, _B, _P, _B, _B),
+    "kvloom_gather_tokens": (_P, _I, _P, _P, _P, _I, _P, _P),
+    "kvloom_gather_blocks": (_P, _I, _P, _P, _P, _I, _I, _P, _I, _I, _P),
     "kvloom_divide": (_P, _P, _I, _I, _B),
     "kvloom_top_p": (_P, _P, _I, _I, _B),
     "kvloom_best": (_P, _P, _P, _I, _I, _B),

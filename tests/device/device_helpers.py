@@ -18,24 +18,37 @@ from kvloom.runtime import builder
 from kvloom.runtime.cuda_capture import CudaCapture, GraphRecorder
 from kvloom.runtime.device import ComputeDevice, FixedMemory, Measured
 from kvloom.runtime.host_memory import DeviceMemory
+from kvloom.runtime.table import Array, SentTable
 from kvloom_kernels.requirement import Machine
 
 GIB = 2**30
 
 
 class Sent(FixedMemory):
-    """Host memory, and as much that cannot be read. `sent`: the bytes of each transfer."""
+    """Host memory, and as much that cannot be read. `sent`: the bytes of each transfer of its device."""
 
-    def __init__(self, size_bytes: int) -> None:
+    def __init__(self, size_bytes: int, sent: list[int]) -> None:
         self.host = np.zeros(size_bytes, np.uint8)
         self.device = torch.zeros(size_bytes, dtype=torch.uint8, device="meta")
-        self.sent: list[int] = []
+        self.sent = sent
 
     def begin(self) -> None:
         pass
 
     def send(self, start: int, stop: int) -> None:
         self.sent.append(stop - start)
+
+
+class CountedTable(SentTable):
+    """`written`: how many numbers of the host each write had."""
+
+    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+        super().__init__(rows, columns, device)
+        self.written: list[int] = []
+
+    def write(self, row: int, start: int, values: Sequence[int] | Array) -> None:
+        self.written.append(len(values))
+        super().write(row, start, values)
 
 
 class Graphs(GraphRecorder):
@@ -57,7 +70,8 @@ class Graphs(GraphRecorder):
 
 
 class Elsewhere(ComputeDevice):
-    """Says of itself what a GPU says. `fetched`: the tensors of each copy to the host; what arrives is `answer`."""
+    """Says of itself what a GPU says. `fetched`: the tensors of each copy to the host; what arrives is `answer`. `sent`: the bytes of
+    each copy of a step's ranges to it. `tables`: what it remembers, an engine's after those of its largest step."""
 
     kind = "cuda"
     torch_device = torch.device("meta")
@@ -70,7 +84,8 @@ class Elsewhere(ComputeDevice):
         self.free = memory or DeviceMemory(8 * GIB, 8 * GIB)
         self.fetched: list[list[Tensor]] = []
         self.graphs = Graphs()
-        self.memories: list[Sent] = []
+        self.sent: list[int] = []
+        self.tables: list[CountedTable] = []
         self.released, self.answer = 0, 1
 
     def describe(self) -> str:
@@ -110,9 +125,16 @@ class Elsewhere(ComputeDevice):
     def scratch(self, size_bytes: int) -> None:
         return None
 
+    def table(self, rows: int, columns: int) -> SentTable:
+        self.tables.append(CountedTable(rows, columns, self.torch_device))
+        return self.tables[-1]
+
     def fixed(self, size_bytes: int) -> FixedMemory:
-        self.memories.append(Sent(size_bytes))
-        return self.memories[-1]
+        return Sent(size_bytes, self.sent)
+
+    def put(self, array: np.ndarray[Any, Any]) -> Tensor:
+        self.sent.append(array.nbytes)
+        return super().put(array)
 
     def fetch(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         self.fetched.append(list(tensors))

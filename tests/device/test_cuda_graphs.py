@@ -122,17 +122,13 @@ def test_decode_steps_are_captured_once_and_launched(small_checkpoint: Path, mon
         generate(llm, 3)
         assert (device.graphs.warmed, device.graphs.captured, device.graphs.launched) == (1, 1, 4)
         assert len(device.fetched) == 5  # one a step, the prompts' included
+        assert device.sent[-4:] == [16 + 32 + 16] * 4  # rows, where they start, contexts: one copy of few bytes
         before = len(launches)
         generate(llm, 3)
         assert (device.graphs.captured, device.graphs.launched) == (1, 8)
         assert len(launches) == before + 2  # layers of the prompts' step: the others are launched as graphs
         generate(llm, 1)
         assert device.graphs.captured == 2
-        (memory,) = device.memories
-        assert all(count > 0 for count in memory.sent)
-        head, table = memory.sent[-2:]
-        assert table == 4 * (64 // 16)  # one row of the table
-        assert head < len(memory.host)
 
 
 def test_splits_are_those_of_the_longest_context_that_may_come(small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, launches: list) -> None:

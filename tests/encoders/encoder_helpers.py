@@ -22,6 +22,7 @@ from kvloom.runtime.forward import Forward, LayerState
 from kvloom.runtime.logits import LogitsPipeline
 from kvloom.runtime.model_plan import make_loader
 from kvloom.runtime.runner import Runner
+from kvloom.runtime.tables import SequenceTables
 from kvloom.runtime.weights import load_weights
 from kvloom.startup import load_config_plugins
 from kvloom_samplers.token_sampler import TokenSampler
@@ -101,10 +102,10 @@ class OurEncoder:
         built = build_model(config, plugins, self.source, torch.device("cpu"), comm)
         self.model, self.notes = built.model, built.notes
         self.report = load_weights(built.model, make_loader(config, plugins), directory)
-        state = BatchState(max_num_seqs, self.source.max_model_len, (), extra_inputs=tuple(built.model.extra_inputs))
+        tables = SequenceTables(CpuDevice(), max_num_seqs, self.source.max_model_len, (), tuple(built.model.extra_inputs))
         layers = LayerState((), len(built.model.state_specs()), built.backends, {})
-        self.runner = Runner(built.model, Forward(built.model, comm, layers, CpuDevice()), TokenSampler(), LogitsPipeline(()),
-                             state)
+        self.runner = Runner(built.model, Forward(built.model, comm, layers, tables, CpuDevice()), TokenSampler(), LogitsPipeline(()),
+                             BatchState(tables))
         self._next = 0
 
     def hidden(self, prompts: Sequence[Sequence[int]], types: Sequence[Sequence[int] | None] | None = None) -> list[torch.Tensor]:

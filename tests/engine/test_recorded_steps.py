@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import structlog
 import torch
@@ -16,11 +15,7 @@ from replays import assert_repeated, replayed
 
 from kvloom import LLM, SamplingParams
 from kvloom.interfaces import AttentionBatch
-from kvloom.runtime.batch import GroupIndices, StepIndices
 from kvloom.runtime.capture import PlanCapture
-from kvloom.runtime.device import CpuDevice
-from kvloom.runtime.graphs import Buffers
-from kvloom.runtime.range_graph import RangeBuffers
 from kvloom.testing.checkpoints import make_checkpoint
 from kvloom_kernels.attention import Scores
 from kvloom_kernels.norm import rms_norm
@@ -317,37 +312,3 @@ def test_as_many_ranges_as_tokens_are_no_rows(small_checkpoint: Path, max_num_se
     with LLM(str(small_checkpoint), **values) as llm, replayed(monkeypatch) as seen:
         assert written(llm) == expected
         assert_repeated(seen)
-
-
-def test_ranges_beyond_a_step_are_empty() -> None:
-    buffers = RangeBuffers(6, 4, [3], 40, CpuDevice())
-    for starts, contexts in (([0, 1, 3, 5], [9, 2, 30]), ([0, 4], [4])):
-        tokens, ranges = starts[-1], len(contexts)
-        buffers.fill(StepIndices(
-            np.arange(ranges), np.array(starts, np.int32), np.array(contexts, np.int32), np.arange(tokens), np.arange(tokens) + 7,
-            (GroupIndices(np.full((ranges, 2), 5, np.int32), np.arange(tokens) + 80),), np.arange(ranges), {}))
-        batch = buffers.batches[0]
-        assert batch.query_starts.tolist() == starts + [tokens] * (5 - len(starts))
-        assert batch.context_tokens.tolist() == contexts + [0] * (4 - ranges)
-        assert batch.slots[:tokens].tolist() == [80 + i for i in range(tokens)]
-        assert batch.block_table[:ranges, :2].eq(5).all()
-        assert buffers.inputs.token_ids[:tokens].tolist() == list(range(tokens))
-        assert buffers.inputs.positions[0, :tokens].tolist() == [7 + i for i in range(tokens)]
-
-
-def test_rows_beyond_a_step_work_on_the_block_of_nobody() -> None:
-    buffers = Buffers(4, [3, 2], 40, CpuDevice())
-    full = StepIndices(np.arange(4), np.arange(5, dtype=np.int32), np.full(4, 33, np.int32), np.full(4, 7), np.full(4, 32),
-                       (GroupIndices(np.full((4, 3), 9, np.int32), np.full(4, 144)),) * 2, np.arange(4), {})
-    narrow = full.groups[0].block_table[:, :2]
-    buffers.fill(StepIndices(full.rows, full.query_starts, full.context_tokens, full.token_ids, full.positions,
-                             (full.groups[0], GroupIndices(narrow, full.groups[1].slots)), full.sampled, {}), 4)
-    one = StepIndices(np.arange(1), np.arange(2, dtype=np.int32), np.full(1, 5, np.int32), np.full(1, 8), np.full(1, 4),
-                      (GroupIndices(np.full((1, 1), 6, np.int32), np.full(1, 100)),) * 2, np.arange(1), {})
-    buffers.fill(one, 1)
-    assert buffers.token_ids.host.tolist() == [8, 0, 0, 0]
-    assert buffers.positions.host.tolist() == [4, 0, 0, 0]
-    assert buffers.contexts.host.tolist() == [5, 1, 1, 1]
-    for table, slots in zip(buffers.tables, buffers.slots, strict=True):
-        assert table.host[:, 0].tolist() == [6, 0, 0, 0]
-        assert slots.host.tolist() == [100, 0, 0, 0]

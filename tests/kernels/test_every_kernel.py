@@ -39,6 +39,8 @@ KERNELS = {
     "kvloom_copy_blocks": Checks("blocks.copy_blocks_reference", "test_odd_shapes.test_copies_and_first_uses_of_blocks"),
     "kvloom_touch": Checks("blocks.touch_reference", "test_odd_shapes.test_copies_and_first_uses_of_blocks"),
     "kvloom_apply_bitmask": Checks("bitmask.apply_bitmask_reference", "test_odd_shapes.test_bitmasks_over_views"),
+    "kvloom_gather_tokens": Checks("gather.gather_tokens_reference", "test_gather.test_the_kernels_gather_the_same"),
+    "kvloom_gather_blocks": Checks("gather.gather_blocks_reference", "test_gather.test_the_kernels_gather_the_same"),
     "kvloom_divide": Checks("sampling.divide_reference", "test_odd_shapes.test_divisions_over_views"),
     "kvloom_top_p": Checks("sampling.top_p_reference", "test_odd_shapes.test_top_p_over_views"),
     "kvloom_best": Checks("sampling.best_reference", "test_odd_shapes.test_the_best_and_draws"),

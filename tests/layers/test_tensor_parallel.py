@@ -21,6 +21,7 @@ from kvloom.runtime.kv_tensors import allocate
 from kvloom.runtime.logits import LogitsPipeline
 from kvloom.runtime.model_plan import make_loader
 from kvloom.runtime.runner import Runner
+from kvloom.runtime.tables import SequenceTables
 from kvloom.runtime.weights import load_weights
 from kvloom.startup import load_config_plugins
 from kvloom.testing.checkpoints import make_checkpoint
@@ -45,8 +46,9 @@ def logits_of_rank(directory: Path, comm: Comm) -> list[torch.Tensor]:
     original = built.model.logits
     built.model.logits = lambda hidden, ctx: seen.append(original(hidden, ctx).clone()) or seen[-1]
     layers = LayerState(groups, len(built.model.state_specs()), built.backends, caches)
-    runner = Runner(built.model, Forward(built.model, comm, layers, CpuDevice()), TokenSampler(), LogitsPipeline(()),
-                    BatchState(2, 64, groups))
+    tables = SequenceTables(CpuDevice(), 2, 64, groups)
+    runner = Runner(built.model, Forward(built.model, comm, layers, tables, CpuDevice()), TokenSampler(), LogitsPipeline(()),
+                    BatchState(tables))
     prompt = tuple(range(3, 24))
     blocks = tuple((2 + 2 * g, 3 + 2 * g) for g in range(len(groups)))
     greedy = SamplingParams(temperature=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +11,10 @@ from hypothesis import strategies as st
 from kvloom.interfaces import BlockCopy, KVGroup, LayerCache, NewSequence, StateKind, Step, TokenRange
 from kvloom.params import SamplingParams
 from kvloom.runtime.batch import BatchState
+from kvloom.runtime.buffers import StepBuffers
+from kvloom.runtime.device import CpuDevice
 from kvloom.runtime.kv_tensors import copy_blocks
+from kvloom.runtime.tables import SequenceTables
 
 GROUPS = (KVGroup(0, StateKind.FULL, (0, 2), 4), KVGroup(1, StateKind.WINDOW, (1,), 4, 8))
 
@@ -37,15 +41,18 @@ def test_copies_are_made_in_their_order(dtype: torch.dtype, pairs: list) -> None
 
 def test_a_step_that_comes_again_copies_nothing_and_gives_its_tokens_again() -> None:
     seen: list = []
-    state = BatchState(4, 32, GROUPS[:1], copy=seen.append)
+    tables = SequenceTables(CpuDevice(), 4, 32, GROUPS[:1])
+    state = BatchState(tables, copy=seen.append)
+    buffers = StepBuffers(tables, 4, 8, 32, CpuDevice())
     params = SamplingParams(temperature=0)
     state.apply(Step(0, (TokenRange(5, 0, 6, sample=True),), new=(NewSequence(5, (1, 2, 3, 4, 5, 6), 6, 0, ((1, 2),), params),)))
-    state.write_sampled([0], [6], [99])
+    state.write_sampled(np.array([0]), np.array([6]), torch.tensor([99]))
     step = Step(1, (TokenRange(5, 6, 1, sample=True, given=(7,)),), copies=(BlockCopy(0, 2, 3, 5),))
     for attempt in (step, step.only(step.ranges[0])):
         state.apply(attempt)
-        indices = state.indices(attempt)
-        assert indices.token_ids.tolist() == [7]
-        assert indices.groups[0].block_table.tolist() == [[1, 3]]
-        assert indices.groups[0].slots.tolist() == [3 * 4 + 2]
+        buffers.fill(state.flatten(attempt))
+        (batch,) = buffers.batches(1, 1, 1)
+        assert buffers.inputs(1).token_ids.tolist() == [7]
+        assert batch.block_table[:, :2].tolist() == [[1, 3]]
+        assert batch.slots.tolist() == [3 * 4 + 2]
     assert seen == [step.copies]

@@ -1,85 +1,75 @@
-"""What a worker remembers of its sequences, as arrays, and one step's index arithmetic over them (no loop over tokens).
+"""What a worker remembers of its sequences, and how a step cuts them into ranges (no loop over tokens).
 
-A sequence has one row: its token ids, its block table per KV group, its sampling numbers. A step names rows by sequence
-id and brings deltas; everything else is gathered from here.
+A sequence has one row: its token ids and block tables are on the device, its sampling numbers are here. A step names rows by sequence
+id and brings deltas; everything else is gathered from there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from kvloom.errors import InternalError
-from kvloom.interfaces.state import KVGroup
 from kvloom.interfaces.step import BlockCopy, NewSequence, Step
 from kvloom.params import SamplingParams
 from kvloom.runtime.logits import NO_PROCESSORS, SequenceProcessors
 from kvloom.runtime.pooling import PoolingState
-
-Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class GroupIndices:
-    """Index arrays of one KV group for one step: ``block_table [R, B]`` int32, ``slots [T]`` int64."""
-
-    block_table: Array
-    slots: Array
+from kvloom.runtime.table import Array
+from kvloom.runtime.tables import SequenceTables
 
 
 @dataclass(frozen=True, slots=True)
-class StepIndices:
-    """One step flattened: R ranges, T tokens, in the order of ``Step.ranges``.
+class StepRanges:
+    """One step's R ranges in the order of ``Step.ranges``, which are T tokens in all. On the host.
 
     Args:
-        rows: ``[R]`` row of each range's sequence in the batch state.
+        rows: ``[R]`` int64 row of each range's sequence.
         query_starts: ``[R + 1]`` int32, first token of each range.
         context_tokens: ``[R]`` int32, tokens that exist once the range is computed.
-        token_ids, positions: ``[T]`` int64.
-        groups: by KV group index; empty where no layer keeps state.
         sampled: ``[S]`` indices into the ranges of those whose last position is sampled.
-        extras: ``[T]`` int64 each, by the names that the model asked for.
     """
 
     rows: Array
     query_starts: Array
     context_tokens: Array
-    token_ids: Array
-    positions: Array
-    groups: tuple[GroupIndices, ...]
     sampled: Array
-    extras: Mapping[str, Array]
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return int(self.query_starts[-1])
+
+    @property
+    def one_each(self) -> bool:
+        """Whether every range is one token that is sampled: a decode step."""
+        return self.num_tokens == len(self.rows) == len(self.sampled)
 
 
 class BatchState:
-    """Persistent arrays of up to `max_num_seqs` sequences of up to `max_model_len` tokens. Host memory only.
+    """Up to `max_num_seqs` sequences.
 
     Attributes:
+        tables: what the device remembers of them.
         num_candidates, num_prompt_candidates: per row, candidates wanted with each output and each prompt token; -1 none.
         score_temperatures: per row, what logits are divided by before its candidates' log-probabilities are taken; 0 nothing.
 
     Args:
         start: makes the logits processors of a sequence that comes.
         start_pooling: makes the state of one that is to be pooled.
-        extra_inputs: see `Model.extra_inputs`; 0 for tokens of sequences that bring none.
         copy: copies KV blocks.
     """
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, groups: tuple[KVGroup, ...],
-                 start: Callable[[NewSequence], SequenceProcessors] = lambda new: NO_PROCESSORS,
-                 extra_inputs: Sequence[str] = (), copy: Callable[[Sequence[BlockCopy]], None] = lambda copies: None,
+    def __init__(self, tables: SequenceTables, start: Callable[[NewSequence], SequenceProcessors] = lambda new: NO_PROCESSORS,
+                 copy: Callable[[Sequence[BlockCopy]], None] = lambda copies: None,
                  start_pooling: Callable[[NewSequence], PoolingState | None] = lambda new: None) -> None:
-        self._groups, self._start, self._copy, self._start_pooling = groups, start, copy, start_pooling
+        self.tables, self._start, self._copy, self._start_pooling = tables, start, copy, start_pooling
+        max_num_seqs = tables.nobody
         self._row_of: dict[int, int] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
-        self.token_ids = np.zeros((max_num_seqs, max_model_len + 1), np.int64)
-        self._extras = {name: np.zeros_like(self.token_ids) for name in extra_inputs}
-        width = [-(-max_model_len // g.block_tokens) for g in groups]
-        self._tables = [np.zeros((max_num_seqs, w), np.int32) for w in width]
-        self._table_blocks = np.zeros((len(groups), max_num_seqs), np.int64)
+        self._table_blocks = np.zeros((len(tables.blocks), max_num_seqs), np.int64)
         self.temperatures = np.zeros(max_num_seqs, np.float32)
         self.seeds = np.zeros(max_num_seqs, np.uint64)
         self.sample_indices = np.zeros(max_num_seqs, np.int64)
@@ -107,12 +97,11 @@ class BatchState:
                 self._copy(step.copies)
             for copy in step.copies:
                 row = self._row_of[copy.sequence_id]
-                self._tables[copy.group][row, self._table_blocks[copy.group, row] - 1] = copy.target
+                self.tables.blocks[copy.group].write(row, int(self._table_blocks[copy.group, row]) - 1, (copy.target,))
             self._is_taken_over = True
         for r in step.ranges:
             if r.given:
-                end = r.start + r.num_tokens
-                self.token_ids[self._row_of[r.sequence_id], end - len(r.given):end] = r.given
+                self.tables.token_ids.write(self._row_of[r.sequence_id], r.start + r.num_tokens - len(r.given), r.given)
             if r.new_blocks and r.sequence_id not in self._appended:
                 self._appended.add(r.sequence_id)
                 self._append_blocks(self._row_of[r.sequence_id], r.new_blocks)
@@ -124,20 +113,16 @@ class BatchState:
             self._free_rows.append(row)
 
     def _add(self, new: NewSequence) -> None:
-        """Give a sequence a row. Everything that an earlier owner left there is overwritten or zeroed."""
+        """Give a sequence a row. What an earlier owner left there is overwritten, or beyond what is gathered."""
         row = self._row_of.get(new.sequence_id)
         if row is None:
             if not self._free_rows:
                 raise InternalError(f"more than {len(self.params)} sequences are running")
             row = self._row_of[new.sequence_id] = self._free_rows.pop()
-        self.token_ids[row] = 0
-        self.token_ids[row, : len(new.token_ids)] = new.token_ids
-        for name, values in self._extras.items():
+        self.tables.token_ids.write(row, 0, new.token_ids)
+        for name, table in self.tables.extras.items():
             given = new.extras.get(name, ())
-            values[row] = 0
-            values[row, : len(given)] = given
-        for table in self._tables:
-            table[row] = 0
+            table.write(row, 0, np.pad(given, (0, table.tensor.shape[1] - len(given))))  # 0 for all other tokens
         self._table_blocks[:, row] = 0
         self._append_blocks(row, new.block_ids)
         self.params[row] = new.sampling
@@ -154,43 +139,22 @@ class BatchState:
     def _append_blocks(self, row: int, blocks: tuple[tuple[int, ...], ...]) -> None:
         for g, ids in enumerate(blocks):
             if ids:
-                start = self._table_blocks[g, row]
-                self._tables[g][row, start: start + len(ids)] = ids
-                self._table_blocks[g, row] = start + len(ids)
+                self.tables.blocks[g].write(row, int(self._table_blocks[g, row]), ids)
+                self._table_blocks[g, row] += len(ids)
 
-    def indices(self, step: Step) -> StepIndices:
-        """Flatten a step. Cost: a few numpy calls, one Python pass over the ranges."""
+    def flatten(self, step: Step) -> StepRanges:
+        """How a step that was applied cuts its sequences. One Python pass over the ranges."""
         ranges = step.ranges
-        rows = np.fromiter((self._row_of[r.sequence_id] for r in ranges), np.int64, len(ranges))
-        starts = np.fromiter((r.start for r in ranges), np.int64, len(ranges))
-        counts = np.fromiter((r.num_tokens for r in ranges), np.int64, len(ranges))
-        sampled = np.flatnonzero(np.fromiter((r.sample for r in ranges), np.bool_, len(ranges)))
-        ends = np.cumsum(counts)
-        query_starts = np.concatenate(([0], ends))
-        contexts = starts + counts
-        if int(ends[-1]) == len(ranges):  # decode only: one token a range
-            of_row, positions = np.arange(len(ranges)), starts
-        else:
-            of_row = np.repeat(np.arange(len(ranges)), counts)
-            positions = np.arange(int(ends[-1])) + np.repeat(starts - query_starts[:-1], counts)
-        token_rows = rows[of_row]
-        return StepIndices(
-            rows=rows,
-            query_starts=query_starts.astype(np.int32),
-            context_tokens=contexts.astype(np.int32),
-            token_ids=self.token_ids[token_rows, positions],
-            positions=positions,
-            groups=tuple(self._group_indices(g, rows, of_row, positions, int(contexts.max())) for g in range(len(self._groups))),
-            sampled=sampled,
-            extras={name: values[token_rows, positions] for name, values in self._extras.items()},
+        counts = np.fromiter((r.num_tokens for r in ranges), np.int32, len(ranges))
+        query_starts = np.zeros(len(ranges) + 1, np.int32)
+        np.cumsum(counts, out=query_starts[1:])
+        return StepRanges(
+            rows=np.fromiter((self._row_of[r.sequence_id] for r in ranges), np.int64, len(ranges)),
+            query_starts=query_starts,
+            context_tokens=np.fromiter((r.start for r in ranges), np.int32, len(ranges)) + counts,
+            sampled=np.flatnonzero(np.fromiter((r.sample for r in ranges), np.bool_, len(ranges))),
         )
 
-    def _group_indices(self, g: int, rows: Array, of_row: Array, positions: Array, max_context: int) -> GroupIndices:
-        block_tokens = self._groups[g].block_tokens
-        table = self._tables[g][rows, : -(-max_context // block_tokens)]
-        block, offset = np.divmod(positions, block_tokens)
-        return GroupIndices(table, table[of_row, block].astype(np.int64) * block_tokens + offset)
-
-    def write_sampled(self, rows: Array, positions: Array, token_ids: Array) -> None:
-        """Put sampled tokens where the next step will read them, before the scheduler has seen them."""
-        self.token_ids[rows, positions] = token_ids
+    def write_sampled(self, rows: Array, positions: Array, token_ids: Tensor) -> None:
+        """Put sampled tokens ``[S]`` where the next step will read them, before the host, let alone the scheduler, has seen them."""
+        self.tables.token_ids.write_each(rows, positions, token_ids)

@@ -14,6 +14,7 @@ from kvloom.runtime.capture import Capture
 from kvloom.runtime.cuda_capture import CudaCapture, TorchGraphs
 from kvloom.runtime.device import ComputeDevice, FixedMemory, Measured
 from kvloom.runtime.host_memory import DeviceMemory, release_freed
+from kvloom.runtime.table import SentTable, Table
 from kvloom_kernels.requirement import Machine
 from kvloom_kernels.scratch import Arena
 from kvloom_kernels.transfer import to_host
@@ -146,6 +147,10 @@ class CudaDevice(ComputeDevice):
     def scratch(self, size_bytes: int) -> Arena | None:
         """None: torch's allocator hands memory of the device out again without waiting."""
         return None
+
+    def table(self, rows: int, columns: int) -> Table:
+        """See `ComputeDevice.table`."""
+        return SentTable(rows, columns, self.torch_device)
 
     def fixed(self, size_bytes: int) -> FixedMemory:
         """See `ComputeDevice.fixed`."""

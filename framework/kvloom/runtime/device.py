@@ -16,6 +16,7 @@ from torch import Tensor
 from kvloom.errors import ConfigError
 from kvloom.runtime.capture import Capture, PlanCapture
 from kvloom.runtime.host_memory import DeviceMemory, host_memory, release_freed, trim_heap
+from kvloom.runtime.table import HostTable, Table
 from kvloom_kernels import native
 from kvloom_kernels.linear import product_kind
 from kvloom_kernels.requirement import Machine
@@ -143,6 +144,10 @@ class ComputeDevice(ABC):
         """Memory for what kernels compute within a step; None where torch's allocator does not have to wait for fresh pages."""
 
     @abstractmethod
+    def table(self, rows: int, columns: int) -> Table:
+        """What it remembers of sequences."""
+
+    @abstractmethod
     def fixed(self, size_bytes: int) -> FixedMemory:
         """Memory for inputs of captured steps, zeroed."""
 
@@ -253,6 +258,10 @@ class CpuDevice(ComputeDevice):
     def scratch(self, size_bytes: int) -> Arena | None:
         """See `ComputeDevice.scratch`."""
         return Arena(size_bytes)
+
+    def table(self, rows: int, columns: int) -> Table:
+        """See `ComputeDevice.table`."""
+        return HostTable(rows, columns)
 
     def fixed(self, size_bytes: int) -> FixedMemory:
         """See `ComputeDevice.fixed`."""

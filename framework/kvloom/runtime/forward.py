@@ -1,4 +1,4 @@
-"""A step's forward: from index arrays to hidden states and logits."""
+"""A step's forward: from how it cuts its sequences to hidden states and logits."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from kvloom.interfaces.attention import AttentionBackend, AttentionBatch, LayerC
 from kvloom.interfaces.comm import Comm
 from kvloom.interfaces.model import ForwardContext, LayerStep, Model, ModelInputs
 from kvloom.interfaces.state import KVGroup
-from kvloom.runtime.batch import GroupIndices, StepIndices
+from kvloom.runtime.batch import StepRanges
+from kvloom.runtime.buffers import StepBuffers, attention_batches
 from kvloom.runtime.device import ComputeDevice
-from kvloom.runtime.graphs import Buffers, DecodeGraphs
-from kvloom.runtime.range_graph import RangeBuffers, RangeGraph
+from kvloom.runtime.graphs import DecodeGraphs
+from kvloom.runtime.range_graph import RangeGraph
+from kvloom.runtime.tables import SequenceTables
+from kvloom_kernels.gather import Ranges
 from kvloom_kernels.scratch import scratch_from
-
-NO_GROUP = GroupIndices(np.zeros((0, 0), np.int32), np.zeros(0, np.int64))
-"""Of layers that keep nothing."""
 
 
 class LayerState(NamedTuple):
@@ -82,46 +82,43 @@ class Forward:
 
     Args:
         layers: what its layers work with.
+        tables: that steps are gathered from.
         recorded_bytes: memory for recorded decode steps; 0 records none.
         scratch_bytes: memory for what other steps compute; what does not fit is allocated step by step, on fresh pages.
         max_num_seqs, max_model_len, max_num_batched_tokens: limits of steps that are recorded.
     """
 
-    def __init__(self, model: Model, comm: Comm, layers: LayerState, device: ComputeDevice, *, recorded_bytes: int = 0,
-                 scratch_bytes: int = 0, max_num_seqs: int = 1, max_model_len: int = 1, max_num_batched_tokens: int = 1) -> None:
-        self._model, self._comm, self._layers, self.device = model, comm, layers, device
-        self._has_unstored = bool(layers.unstored)
+    def __init__(self, model: Model, comm: Comm, layers: LayerState, tables: SequenceTables, device: ComputeDevice, *,
+                 recorded_bytes: int = 0, scratch_bytes: int = 0, max_num_seqs: int = 1, max_model_len: int = 1,
+                 max_num_batched_tokens: int = 1) -> None:
+        self._model, self._comm, self._layers, self._tables, self.device = model, comm, layers, tables, device
+        self._unstored = [tables.no_group()] if layers.unstored else []
         # Not that of recorded steps: whoever keeps a tensor of this one keeps its memory.
         self._scratch = device.scratch(scratch_bytes) if scratch_bytes else None
         self._graphs: DecodeGraphs | None = None
         self._range_graph: RangeGraph | None = None
-        widths, backends = [-(-max_model_len // g.block_tokens) for g in layers.groups], layers.backends.values()
-        if recorded_bytes and all(b.graph_support and b.spec.stored for b in backends):
-            self._graphs = DecodeGraphs(model, self._context, layers.refill, Buffers(max_num_seqs, widths, max_model_len, device),
-                                        device.capture(recorded_bytes))
+        backends = layers.backends.values()
+        if recorded_bytes and not tables.extras and all(b.graph_support and b.spec.stored for b in backends):
+            buffers = StepBuffers(tables, max_num_seqs, max_num_batched_tokens, max_model_len, device)
+            self._graphs = DecodeGraphs(model, self._context, layers.refill, buffers, device.capture(recorded_bytes))
             if max_num_batched_tokens > 1 and all(b.range_graph_support for b in backends):
                 capture = device.range_capture(scratch_bytes)
-                self._range_graph = None if capture is None else RangeGraph(
-                    model, self._context, layers.refill,
-                    RangeBuffers(max_num_batched_tokens, max_num_seqs, widths, max_model_len, device), capture)
+                self._range_graph = None if capture is None else RangeGraph(model, self._context, layers.refill, buffers, capture)
         if self._scratch is not None and self._range_graph is None:
             self._scratch.touch()
 
-    def run(self, indices: StepIndices) -> Computed:
+    def run(self, step: StepRanges) -> Computed:
         """Compute a step."""
-        one_each = len(indices.token_ids) == len(indices.rows) == len(indices.sampled)
-        if self._graphs is not None and one_each and not indices.extras:
-            done = self._graphs.run(indices)
+        if self._graphs is not None and step.one_each:
+            done = self._graphs.run(step)
             if done is not None:
                 return Computed(done.hidden, ForwardContext(self._comm, ()), done.logits)
-        if self._range_graph is not None and not indices.extras:
-            hidden = self._range_graph.run(indices)
+        if self._range_graph is not None:
+            hidden = self._range_graph.run(step)
             if hidden is not None:
                 return Computed(hidden, ForwardContext(self._comm, ()))
-        ctx = self._context(self._batches(indices))
-        inputs = ModelInputs(
-            token_ids=self.device.put(indices.token_ids), positions=self.device.put(indices.positions)[None],
-            extras={name: self.device.put(values) for name, values in indices.extras.items()})
+        inputs, batches = self._gathered(step)
+        ctx = self._context(batches)
         with scratch_from(self._scratch):
             return Computed(self._model.forward(inputs, ctx).hidden, ctx)
 
@@ -138,16 +135,14 @@ class Forward:
     def _context(self, batches: Sequence[AttentionBatch]) -> ForwardContext:
         return ForwardContext(self._comm, self._layers.steps(batches))
 
-    def _batches(self, indices: StepIndices) -> list[AttentionBatch]:
-        """By KV group, and one more for layers that keep nothing."""
-        contexts, starts = self.device.put(indices.context_tokens), self.device.put(indices.query_starts)
-        return [AttentionBatch(
-            query_starts=starts,
-            context_tokens=contexts,
-            block_table=self.device.put(group.block_table),
-            slots=self.device.put(group.slots),
-            query_starts_host=indices.query_starts,
-            context_tokens_host=indices.context_tokens,
-            max_query_tokens=int(np.diff(indices.query_starts).max()),
-            max_context_tokens=int(indices.context_tokens.max()),
-        ) for group in (*indices.groups, *([NO_GROUP] if self._has_unstored else ()))]
+    def _gathered(self, step: StepRanges) -> tuple[ModelInputs, list[AttentionBatch]]:
+        """Inputs of a step that is not recorded; the batches are one a KV group, and one more for layers that keep nothing."""
+        count, max_context = len(step.rows), int(step.context_tokens.max())
+        sent = self.device.put(np.concatenate((step.rows, step.query_starts, step.context_tokens), dtype=np.int32))
+        ranges = Ranges(sent[:count], sent[count:2 * count + 1], sent[2 * count + 1:])
+        tensors = self._tables.tensors(count, step.num_tokens, self._tables.columns(max_context))
+        self._tables.gather(ranges, tensors)
+        groups = (*tensors.groups, *self._unstored)
+        batches = attention_batches(ranges, groups, step.query_starts, step.context_tokens, int(np.diff(step.query_starts).max()),
+                                    max_context)
+        return ModelInputs(tensors.token_ids, tensors.positions[None], extras=tensors.extras), batches

@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
-import numpy as np
 from torch import Tensor
 
 from kvloom.interfaces.attention import AttentionBatch
 from kvloom.interfaces.model import ForwardContext, LayerStep, Model, ModelInputs
 from kvloom.logs import get_logger
-from kvloom.runtime.batch import StepIndices
+from kvloom.runtime.batch import StepRanges
+from kvloom.runtime.buffers import StepBuffers
 from kvloom.runtime.capture import Capture, Replay, patch_problem
-from kvloom.runtime.device import ComputeDevice, FixedShape, fixed_arrays
 from kvloom_kernels.plan import NotRecordableError
 
 Recording = TypeVar("Recording")
@@ -35,52 +34,6 @@ class DecodeOutputs(NamedTuple):
 
     hidden: Tensor
     logits: Tensor
-
-
-class Buffers:
-    """The inputs of decode steps of up to `rows` rows, at fixed addresses on the device.
-
-    Args:
-        widths: blocks of the longest table, by KV group.
-        longest_tokens: of any context.
-    """
-
-    def __init__(self, rows: int, widths: Sequence[int], longest_tokens: int, device: ComputeDevice) -> None:
-        self.rows, self._longest_tokens = rows, longest_tokens
-        # One after the other: what is sent whole, then the tables, of which a step sends as many rows as it computes.
-        shapes: list[FixedShape] = [((rows,), "int64")] * (2 + len(widths))
-        shapes += [((rows,), "int32"), ((rows + 1,), "int32"), *(((rows, width), "int32") for width in widths)]
-        self._memory, arrays = fixed_arrays(device, shapes)
-        self.token_ids, self.positions, *groups = arrays
-        self.slots, (self.contexts, self.starts), self.tables = groups[:len(widths)], groups[len(widths):][:2], groups[len(widths) + 2:]
-        self.starts.host[:] = np.arange(rows + 1)
-
-    def fill(self, indices: StepIndices, computed_rows: int) -> None:
-        """Take over a step's numbers. Rows beyond it that are computed, too, work on block 0, which is nobody's."""
-        self._memory.begin()
-        rows = len(indices.rows)
-        for buffer, values, beyond in ((self.token_ids, indices.token_ids, 0), (self.positions, indices.positions, 0),
-                                       (self.contexts, indices.context_tokens, 1)):
-            buffer.host[:rows], buffer.host[rows:] = values, beyond
-        for table, slots, group in zip(self.tables, self.slots, indices.groups, strict=True):
-            table.host[:rows, :group.block_table.shape[1]], table.host[rows:, 0] = group.block_table, 0
-            slots.host[:rows], slots.host[rows:] = group.slots, 0
-        self._memory.send(0, self.starts.start + self.starts.host.nbytes)
-        for table in self.tables:
-            self._memory.send(table.start, table.start + table.host[:computed_rows].nbytes)
-
-    def inputs(self, rows: int) -> ModelInputs:
-        """Of a step of so many rows."""
-        return ModelInputs(self.token_ids.device[:rows], self.positions.device[:rows][None])
-
-    def batches(self, rows: int) -> list[AttentionBatch]:
-        """By KV group, of a step of so many rows. The host's numbers are those of the recording; the longest context is the longest
-        that a repetition may have."""
-        return [AttentionBatch(
-            query_starts=self.starts.device[:rows + 1], context_tokens=self.contexts.device[:rows], block_table=table.device[:rows],
-            slots=slots.device[:rows], query_starts_host=self.starts.host[:rows + 1], context_tokens_host=self.contexts.host[:rows],
-            max_query_tokens=1, max_context_tokens=self._longest_tokens,
-        ) for table, slots in zip(self.tables, self.slots, strict=True)]
 
 
 class Recorder:
@@ -127,7 +80,7 @@ class DecodeGraphs:
         capture: of the device.
     """
 
-    def __init__(self, model: Model, make_context: MakeContext, refill: Refill, buffers: Buffers, capture: Capture) -> None:
+    def __init__(self, model: Model, make_context: MakeContext, refill: Refill, buffers: StepBuffers, capture: Capture) -> None:
         self._recorder = Recorder(model, "decode steps")
         self._make_context, self._refill, self._buffers, self._capture = make_context, refill, buffers, capture
         self._recorded: dict[int, _Recorded] = {}
@@ -137,23 +90,23 @@ class DecodeGraphs:
         self._recorded.clear()
         self._recorder.problem = None
 
-    def run(self, indices: StepIndices) -> DecodeOutputs | None:
+    def run(self, step: StepRanges) -> DecodeOutputs | None:
         """Compute a step of one token a row, all of which are sampled; None where that has to be done call by call."""
         if self._recorder.problem is not None:
             return None
-        rows = len(indices.rows)
-        size = self._capture.size(rows, self._recorded, self._buffers.rows)
-        self._buffers.fill(indices, size)
+        rows = len(step.rows)
+        size = self._capture.size(rows, self._recorded, self._buffers.ranges)
+        self._buffers.fill(step, size)
         found = self._recorded.get(size)
         if found is not None:
-            self._refill(found.kept[1].layers, self._buffers.batches(rows))
+            self._refill(found.kept[1].layers, self._buffers.batches(rows, rows, 1))
             found.replay(rows)
         elif (found := self._recorder.try_to(lambda: self._record(size))) is None:
             return None
         return DecodeOutputs(found.outputs.hidden[:rows], found.outputs.logits[:rows])
 
     def _record(self, rows: int) -> _Recorded:
-        inputs, ctx = self._buffers.inputs(rows), self._make_context(self._buffers.batches(rows))
+        inputs, ctx = self._buffers.inputs(rows), self._make_context(self._buffers.batches(rows, rows, 1))
         model = self._recorder.model
 
         def compute() -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,12 +12,13 @@ from kvloom.config import EngineConfig
 from kvloom.interfaces.comm import Comm
 from kvloom.interfaces.model import Model
 from kvloom.interfaces.state import KVGroup
-from kvloom.runtime.batch import GroupIndices, StepIndices
+from kvloom.runtime.batch import StepRanges
 from kvloom.runtime.builder import BuiltModel, ModelSource
 from kvloom.runtime.device import ComputeDevice
 from kvloom.runtime.forward import Forward, LayerState
 from kvloom.runtime.kv_tensors import allocate
 from kvloom.runtime.logprobs import CHUNK_ROWS
+from kvloom.runtime.tables import SequenceTables
 from kvloom_kernels.sampling import best, draw, token_logprobs, top_p
 
 
@@ -34,13 +37,15 @@ class LargestStep:
                  max_model_len: int, generates: bool) -> None:
         self._model, self._device, self.tokens, self._generates = model, device, tokens, generates
         self._rows = min(max(rows, CHUNK_ROWS), tokens)
-        self._forward = Forward(model, comm, layers, device)
-        self._indices = largest_indices(layers.groups, tokens, max_model_len, tuple(model.extra_inputs))
+        self._max_model_len = max_model_len
+        self._make_tables = partial(SequenceTables, device, rows, max_model_len, layers.groups, tuple(model.extra_inputs))
+        self._make_forward = partial(Forward, model, comm, layers)
 
     @torch.inference_mode()
     def run(self) -> None:
-        """Compute it, up to candidates of every sampled row."""
-        computed = self._forward.run(self._indices)
+        """Compute it, up to candidates of every sampled row, with the tables that an engine keeps beside its cache."""
+        tables = self._make_tables()
+        computed = self._make_forward(tables, self._device).run(largest_ranges(tables, self.tokens, self._max_model_len))
         if self._generates:
             sample_all(self._model.logits(computed.hidden[:self._rows], computed.ctx), self._device)
 
@@ -65,14 +70,8 @@ def sample_all(logits: Tensor, device: ComputeDevice) -> None:
     token_logprobs(logits, token_ids, min(20, logits.shape[1]))
 
 
-def largest_indices(groups: tuple[KVGroup, ...], tokens: int, max_model_len: int, extras: tuple[str, ...]) -> StepIndices:
-    """Sequences as long as they may be that together have so many tokens, nothing of them computed yet. Token ids are 0."""
+def largest_ranges(tables: SequenceTables, tokens: int, max_model_len: int) -> StepRanges:
+    """Sequences as long as they may be that together have so many tokens, nothing of them computed yet. They are nobody's."""
     starts = np.array([*range(0, tokens, max_model_len), tokens], np.int32)
     counts = np.diff(starts)
-    positions = np.arange(tokens) % max_model_len
-    rows, longest, nothing = len(counts), int(counts.max()), np.zeros(tokens, np.int64)
-    return StepIndices(
-        rows=np.arange(rows), query_starts=starts, context_tokens=counts, token_ids=nothing, positions=positions,
-        groups=tuple(GroupIndices(np.zeros((rows, -(-longest // g.block_tokens)), np.int32), positions % g.block_tokens)
-                     for g in groups),
-        sampled=np.arange(0), extras=dict.fromkeys(extras, nothing))
+    return StepRanges(np.full(len(counts), tables.nobody), starts, counts, np.arange(0))

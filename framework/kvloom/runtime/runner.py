@@ -11,7 +11,7 @@ from kvloom.errors import InternalError
 from kvloom.interfaces.model import Model
 from kvloom.interfaces.sampling import Sampler
 from kvloom.interfaces.step import RowResult, Step, StepResult
-from kvloom.runtime.batch import BatchState, StepIndices
+from kvloom.runtime.batch import BatchState, StepRanges
 from kvloom.runtime.forward import Computed, Forward
 from kvloom.runtime.grammar import MaskFiller, StepMasks
 from kvloom.runtime.host_blocks import HostBlocks
@@ -48,14 +48,14 @@ class Runner:
             self._move_blocks(step)
         if not step.ranges:
             return StepResult(step.step_id, ())
-        indices = self._state.indices(step)
-        masks = self._masks.begin([self._state.processors[row].grammar for row in indices.rows[indices.sampled]])
-        computed = self._forward.run(indices)
+        ranges = self._state.flatten(step)
+        masks = self._masks.begin([self._state.processors[row].grammar for row in ranges.rows[ranges.sampled]])
+        computed = self._forward.run(ranges)
         outbox = Outbox(self._forward.device.fetch)
         if self._pooler is not None:
-            return StepResult(step.step_id, tuple(self._pool(self._pooler, step, indices, computed, outbox)))
-        prompt_rows = self._prompt_logprobs(step, indices, computed, outbox)
-        sampled = self._sample(step, indices, computed, outbox, masks)
+            return StepResult(step.step_id, tuple(self._pool(self._pooler, step, ranges, computed, outbox)))
+        prompt_rows = self._prompt_logprobs(step, ranges, computed, outbox)
+        sampled = self._sample(step, ranges, computed, outbox, masks)
         rows = [sampled.get(i) or RowResult(r.sequence_id) for i, r in enumerate(step.ranges)]
         for i, found in prompt_rows.items():
             rows[i] = rows[i]._replace(prompt_logprobs=_in_order(found))
@@ -75,42 +75,42 @@ class Runner:
             raise InternalError(f"step {step.step_id} moves blocks, but this worker has none on the host")
         self._host_blocks.apply(step)
 
-    def _sample(self, step: Step, indices: StepIndices, computed: Computed, outbox: Outbox,
+    def _sample(self, step: Step, ranges: StepRanges, computed: Computed, outbox: Outbox,
                 masks: Future[StepMasks] | None) -> dict[int, RowResult]:
         """Sample every asking range's last row; results by index into the ranges."""
-        if not len(indices.sampled):
+        if not len(ranges.sampled):
             return {}
 
         def logits() -> torch.Tensor:
-            last = self._forward.device.put(indices.query_starts[indices.sampled + 1].astype(np.int64) - 1)
+            last = self._forward.device.put(ranges.query_starts[ranges.sampled + 1].astype(np.int64) - 1)
             return self._model.logits(computed.hidden[last], computed.ctx)
 
-        positions = indices.context_tokens[indices.sampled].astype(np.int64)
-        ranges = [step.ranges[i] for i in indices.sampled]
-        results = self._rows.sample(ranges, indices.rows[indices.sampled], positions,
+        positions = ranges.context_tokens[ranges.sampled].astype(np.int64)
+        sampled = [step.ranges[i] for i in ranges.sampled]
+        results = self._rows.sample(sampled, ranges.rows[ranges.sampled], positions,
                                     logits() if computed.logits is None else computed.logits, logits, outbox,
                                     None if masks is None else masks.result())
-        return dict(zip(indices.sampled.tolist(), results, strict=True))
+        return dict(zip(ranges.sampled.tolist(), results, strict=True))
 
-    def _pool(self, pooler: RowPooler, step: Step, indices: StepIndices, computed: Computed, outbox: Outbox) -> list[RowResult]:
+    def _pool(self, pooler: RowPooler, step: Step, ranges: StepRanges, computed: Computed, outbox: Outbox) -> list[RowResult]:
         """Results of all ranges, in their order; states of the poolers change when all of them are there."""
-        rows = indices.rows.tolist()
+        rows = ranges.rows.tolist()
         states = [s for s in (self._state.pooling[row] for row in rows) if s is not None]
-        results, after = pooler.pool(step.ranges, states, indices.query_starts.tolist(), computed.hidden, computed.ctx, outbox)
+        results, after = pooler.pool(step.ranges, states, ranges.query_starts.tolist(), computed.hidden, computed.ctx, outbox)
         for row, state in zip(rows, after, strict=True):
             self._state.pooling[row] = state
         return results
 
-    def _prompt_logprobs(self, step: Step, indices: StepIndices, computed: Computed,
+    def _prompt_logprobs(self, step: Step, ranges: StepRanges, computed: Computed,
                          outbox: Outbox) -> dict[int, list[list[Found]]]:
         """Of the ranges whose requests ask for them, by index into the ranges."""
         def logits_of(hidden: torch.Tensor) -> torch.Tensor:
             return self._model.logits(hidden, computed.ctx)
 
         out: dict[int, list[list[Found]]] = {}
-        for i in np.flatnonzero(self._state.num_prompt_candidates[indices.rows] >= 0).tolist():
-            part = slice(int(indices.query_starts[i]), int(indices.query_starts[i + 1]))
-            found = self._rows.prompt_logprobs(step.ranges[i], int(indices.rows[i]), computed.hidden[part], logits_of,
+        for i in np.flatnonzero(self._state.num_prompt_candidates[ranges.rows] >= 0).tolist():
+            part = slice(int(ranges.query_starts[i]), int(ranges.query_starts[i + 1]))
+            found = self._rows.prompt_logprobs(step.ranges[i], int(ranges.rows[i]), computed.hidden[part], logits_of,
                                                outbox)
             if found is not None:
                 out[i] = found

@@ -11,11 +11,12 @@ from torch import Tensor
 from kvloom.errors import RequestError
 from kvloom.interfaces.sampling import Sampler, SamplingRows
 from kvloom.interfaces.step import RowError, RowResult, TokenRange
-from kvloom.runtime.batch import Array, BatchState
+from kvloom.runtime.batch import BatchState
 from kvloom.runtime.grammar import StepMasks
 from kvloom.runtime.logits import LogitsPipeline, SequenceProcessors
 from kvloom.runtime.logprobs import Found, arrived, candidates, prompt_candidates
 from kvloom.runtime.outbox import Outbox
+from kvloom.runtime.table import Array
 from kvloom_kernels.transfer import to_device
 
 NOT_FINITE = "its logits are not finite: the model computed NaN or infinity for it"
@@ -53,14 +54,15 @@ class RowSampler:
         if masks is not None:
             masks.force(logits)
         done = self._sampler.sample(logits, self._sampling_rows(ranges, rows, positions))
-        found = self._logprobs(raw, done.token_ids, rows, wanted, asking, outbox)
+        there = done.token_ids.clamp(0, raw.shape[-1] - 1)  # see `_checked`
+        self._state.write_sampled(rows, positions, there)
+        found = self._logprobs(raw, there, rows, wanted, asking, outbox)
         arrives = outbox.add(done.token_ids, *([] if done.finite is None else [done.finite]))
         token_ids, *finite = (tensor.numpy() for tensor in arrives())  # the host waits for the device here, and nowhere else
         logprobs = {int(asking[i]): (row,) for i, row in arrived(found).items()}
         unsampled = dict(done.failed) | dict.fromkeys(np.flatnonzero(~finite[0]).tolist() if finite else (), NOT_FINITE)
         failed = self._failures(unsampled, processors, again, masks)
         token_ids = self._checked(token_ids, raw.shape[-1], failed)
-        self._state.write_sampled(rows, positions, token_ids)
         for s, (sequence, token_id) in enumerate(zip(processors, token_ids.tolist(), strict=True)):
             if (sequence.states or sequence.grammar) and s not in failed:
                 failed |= self._advance(s, sequence, token_id)
@@ -87,8 +89,7 @@ class RowSampler:
         if len(asking) < len(wanted):
             index = to_device(asking, raw.device)
             raw, token_ids = raw[index], token_ids[index]
-        there = token_ids.clamp(0, raw.shape[1] - 1)  # see `_checked`
-        return candidates(_scaled(raw, self._state.score_temperatures[rows[asking]]), there, wanted[asking].tolist(), outbox)
+        return candidates(_scaled(raw, self._state.score_temperatures[rows[asking]]), token_ids, wanted[asking].tolist(), outbox)
 
     def _checked(self, token_ids: Array, vocab_size: int, failed: dict[int, RowError]) -> Array:
         """The ids; 0 in the place of one that there is not, whose row fails."""
@@ -131,7 +132,7 @@ class RowSampler:
         end = min(r.start + r.num_tokens, int(self._state.prompt_tokens[row]) - 1)
         if wanted < 0 or end <= r.start:
             return None
-        following = to_device(self._state.token_ids[row, r.start + 1:end + 1], hidden.device)
+        following = self._state.tables.token_ids.tensor[row, r.start + 1:end + 1].long()
         return prompt_candidates(hidden[:end - r.start], following, wanted, logits_of, outbox)
 
 

@@ -43,6 +43,7 @@ from kvloom.runtime.peak import largest_step
 from kvloom.runtime.pooling import PoolingState, RowPooler, make_poolers, model_pooling
 from kvloom.runtime.profiling import WorkerProfiler
 from kvloom.runtime.runner import Runner
+from kvloom.runtime.tables import SequenceTables
 from kvloom.runtime.threads import choose_threads
 from kvloom.runtime.weights import load_weights
 from kvloom.text.grammar_gate import find_grammar
@@ -185,17 +186,17 @@ class DeviceWorker:
                                                   self._config.features.logits_processors or ()))
         self._grammars = self._make_grammars()
         pooler = self._make_pooler(built.model)
-        state = BatchState(limits.max_num_seqs, limits.max_model_len, groups, lambda new: self._start(pipeline, new),
-                           tuple(built.model.extra_inputs), lambda copies: copy_blocks(groups, caches, copies),
+        tables = SequenceTables(self._device, limits.max_num_seqs, limits.max_model_len, groups, tuple(built.model.extra_inputs))
+        state = BatchState(tables, lambda new: self._start(pipeline, new), lambda copies: copy_blocks(groups, caches, copies),
                            lambda new: _start_pooling(pooler, new))
         tier = self._host_tier()
         host_blocks = HostBlocks(groups, caches, tier.num_blocks) if tier is not None and tier.num_blocks else None
-        self._runner = Runner(built.model, self._forward(built, caches, limits), sampler, pipeline, state, host_blocks, pooler)
+        self._runner = Runner(built.model, self._forward(built, caches, tables, limits), sampler, pipeline, state, host_blocks, pooler)
 
-    def _forward(self, built: BuiltModel, caches: Mapping[int, LayerCache], limits: SchedulerLimits) -> Forward:
+    def _forward(self, built: BuiltModel, caches: Mapping[int, LayerCache], tables: SequenceTables, limits: SchedulerLimits) -> Forward:
         layers = LayerState(self.plan.needs.groups, len(built.model.state_specs()), built.backends, caches)
         config, dtype = self._source.config, self._source.dtype
-        return Forward(built.model, self._comm, layers, self._device,
+        return Forward(built.model, self._comm, layers, tables, self._device,
                        max_num_seqs=limits.max_num_seqs, max_model_len=limits.max_model_len,
                        max_num_batched_tokens=limits.max_num_batched_tokens,
                        recorded_bytes=recorded_step_bytes(self._config, self._source, limits.max_num_seqs),
