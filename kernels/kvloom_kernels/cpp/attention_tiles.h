@@ -93,7 +93,7 @@ private:
         if (G >= count) return;
         const Keys<bf16>& k = groups[G];
         _tile_loadd(5, k.keys + h * k.head_keys + step * k.stride, k.stride * sizeof(bf16));
-        multiply<G, 4, 5>();
+        multiply_keys<G>();
     }
 
     // A round is a chunk: its sums begin at nothing.
@@ -128,13 +128,13 @@ private:
             fetch(groups[g].values + LANES * c.value_dim, others * LANES * c.value_dim);
             _tile_loadd(6, c.factors + g * LANES / 2, sizeof factors_[0]);
             _tile_loadd(7, v, pair_bytes);
-            multiply<0, 6, 7>();
+            multiply_values<0>();
             if (C > 1) _tile_loadd(7, v + 2 * LANES, pair_bytes);
-            if (C > 1) multiply<1, 6, 7>();
+            if (C > 1) multiply_values<1>();
             if (C > 2) _tile_loadd(7, v + 4 * LANES, pair_bytes);
-            if (C > 2) multiply<2, 6, 7>();
+            if (C > 2) multiply_values<2>();
             if (C > 3) _tile_loadd(7, v + 6 * LANES, pair_bytes);
-            if (C > 3) multiply<3, 6, 7>();
+            if (C > 3) multiply_values<3>();
         }
         _tile_stored(0, c.out, out_bytes);
         if (C > 1) _tile_stored(1, c.out + LANES, out_bytes);
@@ -143,8 +143,17 @@ private:
     }
 
     // The compiler's intrinsic takes numbers, not constants that become such in a template.
-    template <int OUT, int A, int B> static void multiply() {
-        asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(OUT), "i"(A), "i"(B));
+    template <int OUT> static void multiply_keys() {
+        if (OUT == 0) _tile_dpbf16ps(0, 4, 5);
+        if (OUT == 1) _tile_dpbf16ps(1, 4, 5);
+        if (OUT == 2) _tile_dpbf16ps(2, 4, 5);
+        if (OUT == 3) _tile_dpbf16ps(3, 4, 5);
+    }
+    template <int OUT> static void multiply_values() {
+        if (OUT == 0) _tile_dpbf16ps(0, 6, 7);
+        if (OUT == 1) _tile_dpbf16ps(1, 6, 7);
+        if (OUT == 2) _tile_dpbf16ps(2, 6, 7);
+        if (OUT == 3) _tile_dpbf16ps(3, 6, 7);
     }
 };
 
