@@ -26,7 +26,7 @@ from kvloom_kernels.attention import (
 )
 from kvloom_kernels.bitmask import WORD_BITS, apply_bitmask, apply_bitmask_reference
 from kvloom_kernels.blocks import copy_blocks, copy_blocks_reference, touch, touch_reference
-from kvloom_kernels.gather import Ranges, gather_blocks, gather_blocks_reference, gather_tokens, gather_tokens_reference
+from kvloom_kernels.gather import Places, Ranges, gather_blocks, gather_blocks_reference, gather_tokens, gather_tokens_reference
 from kvloom_kernels.linear import WeightShape, lookup, lookup_reference, pack, pack_reference, panel_features, product
 from kvloom_kernels.norm import rms_norm, rms_norm_add, rms_norm_reference
 from kvloom_kernels.sampling import (
@@ -229,33 +229,34 @@ def bitmasks(s: Sizes) -> Iterator[Case]:
                lambda: after(apply_bitmask_reference(other, masks, rows), other))
 
 
-def gathered(s: Sizes, rows: int, query_tokens: int, context: int) -> tuple[Tensor, Ranges, Tensor, Tensor]:
-    """A table by position, the ranges of a step, and memory for two numbers of each token."""
+def gathered(s: Sizes, rows: int, query_tokens: int, context: int) -> tuple[Tensor, Ranges, Places]:
+    """A table by position, the ranges of a step, and where its tokens are."""
     starts = torch.arange(rows + 1, dtype=torch.int32) * query_tokens
     ranges = Ranges(torch.randperm(rows).int(), starts, torch.full((rows,), context, dtype=torch.int32))
     kept = torch.randint(0, s.num_blocks, (rows, context), dtype=torch.int32)
-    return kept, ranges, *torch.zeros(2, rows * query_tokens, dtype=torch.int64)
+    positions = torch.arange(context - query_tokens, context).repeat(rows)
+    return kept, ranges, Places(ranges.rows.long().repeat_interleave(query_tokens), positions)
 
 
 def token_gathers(s: Sizes) -> Iterator[Case]:
-    """Token ids and positions of a step."""
+    """Token ids, rows and positions of a step."""
     for rows, query_tokens, context in s.paged:
-        kept, ranges, *ours = gathered(s, rows, query_tokens, context)
-        theirs = [x.clone() for x in ours]
+        kept, ranges, places = gathered(s, rows, query_tokens, context)
+        ours, theirs = ((torch.zeros_like(places.rows), Places(*map(torch.zeros_like, places))) for _ in range(2))
         yield Case(f"gathering tokens, {rows} rows of {query_tokens} tokens, context {context}",
-                   lambda a=(kept, ranges), out=ours: after(gather_tokens(*a, *out), out),
-                   lambda a=(kept, ranges), out=theirs: after(gather_tokens_reference(*a, *out), out))
+                   lambda a=(kept, ranges), out=ours: after(gather_tokens(*a, *out), (out[0], *out[1])),
+                   lambda a=(kept, ranges), out=theirs: after(gather_tokens_reference(*a, *out), (out[0], *out[1])))
 
 
 def block_gathers(s: Sizes) -> Iterator[Case]:
     """Block tables and slots of a step."""
     for rows, query_tokens, context in s.paged:
-        kept, ranges, slots, other = gathered(s, rows, query_tokens, context)
-        tables, block_table = kept[:, :context // s.block_tokens].contiguous(), torch.zeros(2, rows, context // s.block_tokens).int()
-        ours, theirs = (block_table[0], slots), (block_table[1], other)
+        kept, ranges, places = gathered(s, rows, query_tokens, context)
+        tables = kept[:, :context // s.block_tokens].contiguous()
+        ours, theirs = ((torch.zeros_like(tables), torch.zeros_like(places.rows)) for _ in range(2))
         yield Case(f"gathering blocks, {rows} rows of {query_tokens} tokens, context {context}",
-                   lambda a=(tables, ranges, s.block_tokens), out=ours: after(gather_blocks(*a, *out), out),
-                   lambda a=(tables, ranges, s.block_tokens), out=theirs: after(gather_blocks_reference(*a, *out), out))
+                   lambda a=(tables, ranges, places, s.block_tokens), out=ours: after(gather_blocks(*a, *out), out),
+                   lambda a=(tables, ranges, places, s.block_tokens), out=theirs: after(gather_blocks_reference(*a, *out), out))
 
 
 def divisions(s: Sizes) -> Iterator[Case]:

@@ -35,8 +35,8 @@ class Sent(FixedMemory):
     def begin(self) -> None:
         pass
 
-    def send(self, start: int, stop: int) -> None:
-        self.sent.append(stop - start)
+    def send(self) -> None:
+        self.sent.append(len(self.host))
 
 
 class CountedTable(SentTable):
@@ -71,7 +71,7 @@ class Graphs(GraphRecorder):
 
 class Elsewhere(ComputeDevice):
     """Says of itself what a GPU says. `fetched`: the tensors of each copy to the host; what arrives is `answer`. `sent`: the bytes of
-    each copy of a step's ranges to it. `tables`: what it remembers, an engine's after those of its largest step."""
+    each copy of numbers to it; those of tables are not among them. `tables`: what it remembers, an engine's after those of its largest step."""
 
     kind = "cuda"
     torch_device = torch.device("meta")

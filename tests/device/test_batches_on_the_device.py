@@ -16,7 +16,8 @@ from kvloom import LLM, SamplingParams
 from kvloom.runtime import builder
 from kvloom.runtime.device import CpuDevice
 from kvloom.runtime.table import Array, HostTable
-from kvloom.runtime.tables import SequenceTables
+from kvloom.runtime.tables import SequenceTables, StepTensors
+from kvloom.testing.checkpoints import make_checkpoint
 from kvloom_kernels import gather
 
 PROMPTS = [[1, 2, 3], [4, 5] * 20, [7] * 16]
@@ -56,6 +57,23 @@ def test_what_a_step_sends_beside_that_is_as_much_for_long_contexts(small_checkp
         assert sent[0] == sent[1]
         assert len(sent[0]) <= 2 * STEPS
         assert max(sent[0]) < 100
+
+
+def test_what_kernels_read_begins_at_multiples_of_16_bytes(small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles a kernel once more for tensors that do not."""
+    seen: list[int] = []
+    gather_step = SequenceTables.gather
+
+    def noted(self: SequenceTables, ranges: gather.Ranges, into: StepTensors) -> None:
+        seen.extend(4 * numbers.storage_offset() for numbers in ranges)
+        gather_step(self, ranges, into)
+
+    monkeypatch.setattr(SequenceTables, "gather", noted)
+    with engine_elsewhere(monkeypatch, small_checkpoint) as (llm, _):
+        for count in (1, 2, 3):
+            llm.generate([[1, 2, 3]] * count, params(max_tokens=2), use_tqdm=False)
+    assert len(seen) >= 3 * 3 * 2
+    assert not any(start % 16 for start in seen)
 
 
 class Lies(CpuDevice):
@@ -115,14 +133,34 @@ def test_tables_that_are_sent_give_the_same_tokens(small_checkpoint: Path, monke
 
 
 def test_windows_have_tables_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvloom.testing.checkpoints import make_checkpoint
-
-    directory = make_checkpoint(tmp_path / "m", "MistralForCausalLM", sliding_window=20)
+    directory = make_checkpoint(tmp_path / "m", "Qwen2ForCausalLM", use_sliding_window=True, sliding_window=20, max_window_layers=1)
     found = []
     for is_sent in (False, True):
-        with engine(monkeypatch, directory, is_sent) as llm:
+        with engine(monkeypatch, directory, is_sent, num_gpu_blocks_override=12) as llm:
+            (tables,) = llm.collective_rpc(lambda worker: worker._runner._state.tables)
+            assert len(tables.blocks) == 2
             found.append([o.outputs[0].token_ids for o in llm.generate([[4, 5] * 15, [3] * 22, [1]], params(max_tokens=30), use_tqdm=False)])
     assert found[0] == found[1]
+
+
+def test_a_step_that_failed_is_computed_again_row_by_row(small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for is_sent in (False, True):
+        with engine(monkeypatch, small_checkpoint, is_sent, enable_prefix_caching=False) as llm:
+            (model,) = llm.collective_rpc(lambda worker: worker.model)
+            forward = model.forward
+            steps = iter(range(1000))
+
+            def sometimes(inputs: Any, ctx: Any, forward: Any = forward, steps: Any = steps) -> Any:
+                if next(steps) % 4 == 1:
+                    raise RuntimeError("once")
+                return forward(inputs, ctx)
+
+            model.forward = sometimes
+            outputs = llm.generate(PROMPTS, params(), use_tqdm=False, on_error="return")
+            found.append([o.outputs[0].token_ids for o in outputs if o.error is None])
+    assert found[0] == found[1]
+    assert found[0]
 
 
 def test_tables_are_in_what_the_largest_step_takes(small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,7 +159,7 @@ def test_on_the_host_nothing_is_copied() -> None:
     assert to_device(numbers, torch.device("cpu")).data_ptr() == x.data_ptr()
     memory = CpuDevice().fixed(8)
     memory.host[3] = 7
-    memory.send(0, 8)
+    memory.send()
     assert memory.device.tolist() == [0, 0, 0, 7, 0, 0, 0, 0]
 
 

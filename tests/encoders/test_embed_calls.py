@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from transformers import AutoTokenizer
 from kvloom import LLM, PoolerConfig
 from kvloom.cli import main
 from kvloom.errors import ConfigError, RequestValidationError, UnsupportedFeatureError
+from kvloom.runtime.device import CpuDevice
+from kvloom.runtime.table import HostTable, SentTable, Table
 
 TOLERANCE = 1e-5
 ALL = list(FAMILIES)
@@ -125,7 +129,9 @@ def test_a_budget_below_max_model_len_is_refused_with_what_to_do(tmp_path: Path)
         assert len(llm.embed([[9] * 64], use_tqdm=False)) == 1
 
 
-def test_token_types_of_a_prompt(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make_table", [HostTable, partial(SentTable, device=torch.device("cpu"))], ids=["host", "sent"])
+def test_token_types_of_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_table: Callable[[int, int], Table]) -> None:
+    monkeypatch.setattr(CpuDevice, "table", lambda self, rows, columns: make_table(rows, columns))
     model, ids, types = make("bert", "Model", tmp_path), [9, 10, 11, 12], [0, 0, 1, 1]
     with engine(tmp_path) as llm:
         found = embeddings(llm.embed([{"prompt_token_ids": ids, "token_type_ids": types}, {"prompt_token_ids": ids}], use_tqdm=False))

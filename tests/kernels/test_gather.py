@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from repository import has_gpu
 
 from kvloom_kernels import gather
-from kvloom_kernels.gather import Ranges, gather_blocks, gather_blocks_reference, gather_tokens, gather_tokens_reference
+from kvloom_kernels.gather import Places, Ranges, gather_blocks, gather_blocks_reference, gather_tokens, gather_tokens_reference
 from kvloom_kernels.native import problem
 from kvloom_kernels.plan import NotRecordableError, Plan, recorded
 
@@ -29,6 +29,10 @@ class Cut(NamedTuple):
     rows: list[int]
     counts: list[int]
     contexts: list[int]
+
+    def places(self) -> list[tuple[int, int]]:
+        """Row and position of each token."""
+        return [(row, place) for row, count, context in zip(*self, strict=True) for place in range(context - count, context)]
 
     def ranges(self, device: str) -> Ranges:
         starts = torch.tensor([0, *self.counts]).cumsum(0)
@@ -77,12 +81,11 @@ def nobody_waits(device: str) -> Iterator[None]:
 @given(cut=cuts())
 def test_each_token_has_its_sequences_number_at_its_position(device: str, cut: Cut) -> None:
     kept, ranges = table(device), cut.ranges(device)
-    (more, values), (_, positions) = (results(sum(cut.counts), device) for _ in range(2))
+    (more, values), (_, rows), (_, positions) = (results(sum(cut.counts), device) for _ in range(3))
     with nobody_waits(device):
-        gather_tokens_reference(kept, ranges, values, positions)
-    places = [(row, place) for row, count, context in zip(*cut, strict=True) for place in range(context - count, context)]
-    assert positions.tolist() == [place for _, place in places]
-    assert values.tolist() == [int(kept[place]) for place in places]
+        gather_tokens_reference(kept, ranges, values, Places(rows, positions))
+    assert list(zip(rows.tolist(), positions.tolist(), strict=True)) == cut.places()
+    assert values.tolist() == [int(kept[place]) for place in cut.places()]
     assert more[len(values):].tolist() == [JUNK] * 2
 
 
@@ -93,8 +96,9 @@ def test_each_range_has_the_blocks_of_its_context_and_each_token_its_slot(device
     columns = -(-max(cut.contexts) // block_tokens) + wider
     more, slots = results(sum(cut.counts), device)
     wide, blocks = part_of_wider(len(cut.rows), columns, device)
+    places = Places(*torch.tensor(cut.places(), device=device).view(-1, 2).long().unbind(1))
     with nobody_waits(device):
-        gather_blocks_reference(kept, ranges, block_tokens, blocks, slots)
+        gather_blocks_reference(kept, ranges, places, block_tokens, blocks, slots)
     expected = torch.zeros_like(blocks)
     for r, (row, context) in enumerate(zip(cut.rows, cut.contexts, strict=True)):
         needed = -(-context // block_tokens)
@@ -102,8 +106,7 @@ def test_each_range_has_the_blocks_of_its_context_and_each_token_its_slot(device
     assert torch.equal(blocks, expected)
     assert wide[:, columns:].eq(JUNK).all()
     assert wide[-1].eq(JUNK).all()
-    places = [(row, place) for row, count, context in zip(*cut, strict=True) for place in range(context - count, context)]
-    assert slots.tolist() == [int(kept[row, place // block_tokens]) * block_tokens + place % block_tokens for row, place in places]
+    assert slots.tolist() == [int(kept[row, place // block_tokens]) * block_tokens + place % block_tokens for row, place in cut.places()]
     assert more[len(slots):].tolist() == [JUNK] * 2
 
 
@@ -112,31 +115,33 @@ def test_each_range_has_the_blocks_of_its_context_and_each_token_its_slot(device
 @given(cut=cuts(), block_tokens=st.sampled_from([1, 3, 5, 16, 32]), wider=st.integers(0, 2))
 def test_the_kernels_gather_the_same(cut: Cut, block_tokens: int, wider: int) -> None:
     tokens, columns, ranges = sum(cut.counts), -(-max(cut.contexts) // block_tokens) + wider, cut.ranges("cpu")
-    ours, theirs = ([*(results(tokens, "cpu") for _ in range(3)), part_of_wider(len(cut.rows), columns, "cpu")] for _ in range(2))
-    (_, values), (_, positions), (_, slots), (_, blocks) = ours
-    gather_tokens(table("cpu"), ranges, values, positions)
-    gather_blocks(table("cpu", 95), ranges, block_tokens, blocks, slots)
-    (_, values), (_, positions), (_, slots), (_, blocks) = theirs
-    gather_tokens_reference(table("cpu"), ranges, values, positions)
-    gather_blocks_reference(table("cpu", 95), ranges, block_tokens, blocks, slots)
+    ours, theirs = ([*(results(tokens, "cpu") for _ in range(4)), part_of_wider(len(cut.rows), columns, "cpu")] for _ in range(2))
+    (_, values), *places, (_, slots), (_, blocks) = ours
+    gather_tokens(table("cpu"), ranges, values, of_each := Places(*(own for _, own in places)))
+    gather_blocks(table("cpu", 95), ranges, of_each, block_tokens, blocks, slots)
+    (_, values), *places, (_, slots), (_, blocks) = theirs
+    gather_tokens_reference(table("cpu"), ranges, values, of_each := Places(*(own for _, own in places)))
+    gather_blocks_reference(table("cpu", 95), ranges, of_each, block_tokens, blocks, slots)
     for (whole, _), (expected, _) in zip(ours, theirs, strict=True):
         assert torch.equal(whole, expected)
 
 
 @needs_compiler
-@pytest.mark.parametrize("call", [gather_tokens, lambda kept, ranges, *out: gather_blocks(kept, ranges, 16, kept.clone(), out[0])])
+@pytest.mark.parametrize("call", [lambda kept, ranges, places, out: gather_tokens(kept, ranges, out, places),
+                                  lambda kept, ranges, places, out: gather_blocks(kept, ranges, places, 16, kept.clone(), out)])
 def test_gathering_is_no_part_of_a_recorded_step(call: Any) -> None:
     with recorded(Plan(1)), pytest.raises(NotRecordableError, match="kvloom_gather"):
-        call(table("cpu"), Cut([0], [1], [1]).ranges("cpu"), *torch.zeros(2, 1, dtype=torch.int64))
+        call(table("cpu"), Cut([0], [1], [1]).ranges("cpu"), Places(*torch.zeros(2, 1).long()), torch.zeros(1).long())
 
 
 def test_without_kernels_the_references_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gather, "problem", lambda: "no compiler")
     monkeypatch.setattr(gather, "unrecorded", lambda name: pytest.fail(f"{name} was called"))
-    values, positions, slots = torch.zeros(3, 2, dtype=torch.int64)
+    values, rows, positions, slots = torch.zeros(4, 2, dtype=torch.int64)
+    places = Places(rows, positions)
     cut, blocks = Cut([4], [2], [20]), torch.zeros(1, 2, dtype=torch.int32)
-    gather_tokens(table("cpu"), cut.ranges("cpu"), values, positions)
-    gather_blocks(table("cpu"), cut.ranges("cpu"), 16, blocks, slots)
+    gather_tokens(table("cpu"), cut.ranges("cpu"), values, places)
+    gather_blocks(table("cpu"), cut.ranges("cpu"), places, 16, blocks, slots)
     assert positions.tolist() == [18, 19]
     assert values.tolist() == table("cpu")[4, 18:20].tolist()
     assert blocks.tolist() == table("cpu")[4:5, :2].tolist()

@@ -20,7 +20,6 @@ from kvloom.runtime.buffers import StepBuffers
 from kvloom.runtime.device import CpuDevice
 from kvloom.runtime.table import HostTable, SentTable, Table
 from kvloom.runtime.tables import SequenceTables
-from kvloom_kernels.gather import Ranges
 
 GROUPS = (KVGroup(0, StateKind.FULL, (0,), 4), KVGroup(1, StateKind.WINDOW, (1,), 3, 8))
 MOST, LONGEST, BUDGET = 3, 24, 40
@@ -75,6 +74,16 @@ def test_what_waits_is_that_of_the_time_when_it_was_written() -> None:
     values[:] = 9
     table.send()
     assert table.tensor.tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("table", [HostTable(2, 3), SentTable(2, 3, CPU)], ids=["host", "sent"])
+@pytest.mark.parametrize(("start", "values"), [(-1, [5]), (3, [5]), (1, [5, 6, 7])])
+def test_what_a_row_does_not_take_is_refused(table: Table, start: int, values: list[int]) -> None:
+    with pytest.raises(InternalError, match=f"{len(values)} numbers from column {start} on are more"):
+        table.write(0, start, values)
+    table.write(0, 3, [])
+    table.send()
+    assert not table.tensor.any()
 
 
 def test_what_could_not_be_sent_waits_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +157,7 @@ def test_steps_have_the_numbers_of_their_sequences_whoever_had_their_rows_before
             state.apply(step)
         if ranges:
             flat = state.flatten(step)
-            assert_gathered(tables, buffers, flat, [known[r.sequence_id] for r in ranges], ranges, data.draw(st.integers(0, MOST - len(ranges))))
+            assert_gathered(buffers, flat, [known[r.sequence_id] for r in ranges], ranges, data.draw(st.integers(0, MOST - len(ranges))))
             sampled = [data.draw(numbers) for _ in ranges]
             state.write_sampled(flat.rows, flat.context_tokens, torch.tensor(sampled))
             for r, token in zip(ranges, sampled, strict=True):
@@ -156,7 +165,7 @@ def test_steps_have_the_numbers_of_their_sequences_whoever_had_their_rows_before
                     known[r.sequence_id].tokens.append(token)
 
 
-def assert_gathered(tables: SequenceTables, buffers: StepBuffers, flat: StepRanges, owners: list[Known], ranges: list[TokenRange],
+def assert_gathered(buffers: StepBuffers, flat: StepRanges, owners: list[Known], ranges: list[TokenRange],
                     more: int) -> None:
     """What a step of `ranges`, and of `more` rows that belong to nobody, is computed from."""
     buffers.fill(flat, len(ranges) + more)
@@ -177,9 +186,8 @@ def assert_gathered(tables: SequenceTables, buffers: StepBuffers, flat: StepRang
             needed = -(-(r.start + r.num_tokens) // size)
             assert row[:longest].tolist() == own.blocks[g][:needed] + [0] * (longest - needed)
         assert batch.block_table[len(ranges):len(ranges) + more, :longest].eq(0).all()
-    kinds = tables.tensors(MOST, tokens, tables.columns(LONGEST))
-    tables.gather(Ranges(*(torch.from_numpy(x.astype(np.int32)) for x in (flat.rows, flat.query_starts, flat.context_tokens))), kinds)
-    assert kinds.extras["kinds"].tolist() == [own.kinds[place] if place < len(own.kinds) else 0 for own, place in places]
+    kinds = [own.kinds[place] if place < len(own.kinds) else 0 for own, place in places]
+    assert inputs.extras["kinds"][:tokens + more].tolist() == kinds + [0] * more
 
 
 @EACH_DEVICE

@@ -49,14 +49,14 @@ class StepRanges:
 
 
 class BatchState:
-    """Up to `max_num_seqs` sequences.
+    """The sequences that a worker knows: as many as `tables` have rows for.
 
     Attributes:
-        tables: what the device remembers of them.
         num_candidates, num_prompt_candidates: per row, candidates wanted with each output and each prompt token; -1 none.
         score_temperatures: per row, what logits are divided by before its candidates' log-probabilities are taken; 0 nothing.
 
     Args:
+        tables: what the device remembers of them.
         start: makes the logits processors of a sequence that comes.
         start_pooling: makes the state of one that is to be pooled.
         copy: copies KV blocks.
@@ -66,9 +66,10 @@ class BatchState:
                  copy: Callable[[Sequence[BlockCopy]], None] = lambda copies: None,
                  start_pooling: Callable[[NewSequence], PoolingState | None] = lambda new: None) -> None:
         self.tables, self._start, self._copy, self._start_pooling = tables, start, copy, start_pooling
-        max_num_seqs = tables.nobody
+        max_num_seqs = tables.max_num_seqs
         self._row_of: dict[int, int] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self._extra_tokens = {name: [0] * max_num_seqs for name in tables.extras}
         self._table_blocks = np.zeros((len(tables.blocks), max_num_seqs), np.int64)
         self.temperatures = np.zeros(max_num_seqs, np.float32)
         self.seeds = np.zeros(max_num_seqs, np.uint64)
@@ -122,7 +123,9 @@ class BatchState:
         self.tables.token_ids.write(row, 0, new.token_ids)
         for name, table in self.tables.extras.items():
             given = new.extras.get(name, ())
-            table.write(row, 0, np.pad(given, (0, table.tensor.shape[1] - len(given))))  # 0 for all other tokens
+            earlier = max(0, self._extra_tokens[name][row] - len(given))
+            table.write(row, 0, (*given, *(0,) * earlier))  # 0 for all other tokens
+            self._extra_tokens[name][row] = len(given)
         self._table_blocks[:, row] = 0
         self._append_blocks(row, new.block_ids)
         self.params[row] = new.sampling

@@ -1,4 +1,4 @@
-"""What recorded steps read: their inputs, at fixed addresses on the device."""
+"""What a step's forward reads; of recorded steps at fixed addresses on the device."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ class StepBuffers:
         self.ranges, self.tokens = ranges, tokens
         self._tables, self._longest_tokens = tables, longest_tokens
         self._memory, (self._rows, self._starts, self._contexts) = fixed_arrays(
-            device, [((ranges,), "int32"), ((ranges + 1,), "int32"), ((ranges,), "int32")])
+            device, (ranges, ranges + 1, ranges))
         self._tensors = tables.tensors(ranges, tokens, tables.columns(longest_tokens))
+        for group in self._tensors.groups:
+            group.block_table.zero_()  # blocks beyond a context are read before they are masked: they must be some
 
     def fill(self, step: StepRanges, computed_ranges: int | None = None) -> None:
         """Take over a step. Ranges beyond it that are computed, too, are a token of nobody's each; those beyond `computed_ranges` are
@@ -43,13 +45,14 @@ class StepBuffers:
         starts[:ranges + 1], starts[ranges + 1:] = step.query_starts, tokens + computed - ranges
         if computed > ranges:
             starts[ranges + 1:computed + 1] = np.arange(tokens + 1, tokens + 1 + computed - ranges)
-        self._memory.send(0, len(self._memory.host))
+        self._memory.send()
         columns = self._tables.columns(int(step.context_tokens.max()))
         self._tables.gather(self._ranges(computed), self._tensors.part(computed, tokens + computed - ranges, columns))
 
     def inputs(self, tokens: int) -> ModelInputs:
         """Of a step of so many tokens."""
-        return ModelInputs(self._tensors.token_ids[:tokens], self._tensors.positions[:tokens][None])
+        part = self._tensors.part(0, tokens, self._tables.columns(0))
+        return ModelInputs(part.token_ids, part.places.positions[None], extras=part.extras)
 
     def batches(self, ranges: int, tokens: int, max_query_tokens: int) -> list[AttentionBatch]:
         """By KV group, of a step of so many ranges and tokens. The host's numbers are those of the last one that was filled in; the
@@ -64,7 +67,7 @@ class StepBuffers:
 
 def attention_batches(ranges: Ranges, groups: Sequence[GroupTensors], query_starts_host: Array, context_tokens_host: Array,
                       max_query_tokens: int, max_context_tokens: int) -> list[AttentionBatch]:
-    """One a group."""
+    """One a group, of a step that is cut into `ranges`, whose numbers the host knows, too."""
     return [AttentionBatch(
         query_starts=ranges.query_starts, context_tokens=ranges.context_tokens, block_table=group.block_table, slots=group.slots,
         query_starts_host=query_starts_host, context_tokens_host=context_tokens_host, max_query_tokens=max_query_tokens,

@@ -28,6 +28,10 @@ class Capture(ABC):
         """For how many rows, at most `most`, a step of `rows` is computed: a size that was `recorded`, or one to be recorded now."""
 
     @abstractmethod
+    def repeated_rows(self, rows: int, size: int) -> int:
+        """How many a repetition of what was recorded for `size` rows computes for a step of `rows`."""
+
+    @abstractmethod
     def record(self, compute: Callable[[], Sequence[Tensor]], rows: int) -> tuple[Replay, tuple[Tensor, ...]]:
         """Run `compute`, so that it can be repeated.
 
@@ -56,6 +60,10 @@ class PlanCapture(Capture):
         """The smallest that serves, else a power of two: a plan runs for fewer rows at no cost, so a batch that shrinks records nothing
         more."""
         return min((size for size in recorded if size >= rows), default=min(1 << (rows - 1).bit_length(), most))
+
+    def repeated_rows(self, rows: int, size: int) -> int:
+        """No more than there are."""
+        return rows
 
     def record(self, compute: Callable[[], Sequence[Tensor]], rows: int) -> tuple[Replay, tuple[Tensor, ...]]:
         """See `Capture.record`."""

@@ -174,7 +174,7 @@ class PinnedMemory(FixedMemory):
         """Wait until the device has read what was sent last: it has, unless a step raised after that."""
         self._read.synchronize()
 
-    def send(self, start: int, stop: int) -> None:
+    def send(self) -> None:
         """See `FixedMemory.send`."""
-        self.device[start:stop].copy_(self._pinned[start:stop], non_blocking=True)
+        self.device.copy_(self._pinned, non_blocking=True)
         self._read.record()

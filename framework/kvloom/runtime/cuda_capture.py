@@ -83,6 +83,10 @@ class CudaCapture(Capture):
         power = 1 << (rows - 1).bit_length()
         return min(power - power // 4 if rows <= power - power // 4 else power, most)
 
+    def repeated_rows(self, rows: int, size: int) -> int:
+        """All of them."""
+        return size
+
     def record(self, compute: Compute, rows: int) -> tuple[Replay, tuple[Tensor, ...]]:
         """See `Capture.record`. What it writes it writes three times, the same numbers to the same places."""
         with NoWaiting():  # type: ignore[no-untyped-call]

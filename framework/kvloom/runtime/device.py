@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -47,21 +46,19 @@ class FixedMemory(ABC):
         """Before `host` is written to again."""
 
     @abstractmethod
-    def send(self, start: int, stop: int) -> None:
-        """Make bytes ``[start, stop)`` of `device` those of `host`, in the order of the device's work."""
+    def send(self) -> None:
+        """Make the bytes of `device` those of `host`, in the order of the device's work."""
 
 
 class Fixed(NamedTuple):
-    """One array of a `FixedMemory`: as the host writes it, as the device reads it, and the byte where it begins."""
+    """One array of a `FixedMemory`, int32: as the host writes it, and as the device reads it."""
 
     host: np.ndarray[Any, Any]
     device: Tensor
-    start: int
 
 
-FixedShape = tuple[tuple[int, ...], str]
-"""Shape and dtype name."""
-ALIGNMENT_BYTES = 16
+ALIGNED_NUMBERS = 4
+"""Of int32, after which another array may begin: Triton compiles a kernel once more for tensors that are not aligned to 16 bytes."""
 
 
 class ComputeDevice(ABC):
@@ -164,14 +161,17 @@ class ComputeDevice(ABC):
         return to_device(array, self.torch_device)
 
 
-def fixed_arrays(device: ComputeDevice, shapes: Sequence[FixedShape]) -> tuple[FixedMemory, list[Fixed]]:
-    """Arrays one after the other in one `FixedMemory`, zeroed."""
-    sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes]
-    starts = np.cumsum([0, *(-(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for size in sizes)]).tolist()
-    memory = device.fixed(starts[-1])
-    return memory, [Fixed(memory.host[start:start + size].view(dtype).reshape(shape),
-                          memory.device[start:start + size].view(getattr(torch, dtype)).view(shape), start)
-                    for start, size, (shape, dtype) in zip(starts, sizes, shapes, strict=False)]
+def aligned(count: int) -> int:
+    """So many int32 numbers, or a few more, at whose end another array may begin."""
+    return -(-count // ALIGNED_NUMBERS) * ALIGNED_NUMBERS
+
+
+def fixed_arrays(device: ComputeDevice, sizes: Sequence[int]) -> tuple[FixedMemory, list[Fixed]]:
+    """Arrays of int32 one after the other in one `FixedMemory`, zeroed."""
+    starts = np.cumsum([0, *map(aligned, sizes)]).tolist()
+    memory = device.fixed(starts[-1] * np.dtype(np.int32).itemsize)
+    host, on_device = memory.host.view(np.int32), memory.device.view(torch.int32)
+    return memory, [Fixed(host[start:start + size], on_device[start:start + size]) for start, size in zip(starts, sizes, strict=False)]
 
 
 class SharedMemory(FixedMemory):
@@ -184,7 +184,7 @@ class SharedMemory(FixedMemory):
     def begin(self) -> None:
         """See `FixedMemory.begin`."""
 
-    def send(self, start: int, stop: int) -> None:
+    def send(self) -> None:
         """See `FixedMemory.send`: it is there."""
 
 

@@ -14,7 +14,7 @@ from kvloom.interfaces.model import ForwardContext, LayerStep, Model, ModelInput
 from kvloom.interfaces.state import KVGroup
 from kvloom.runtime.batch import StepRanges
 from kvloom.runtime.buffers import StepBuffers, attention_batches
-from kvloom.runtime.device import ComputeDevice
+from kvloom.runtime.device import ComputeDevice, aligned
 from kvloom.runtime.graphs import DecodeGraphs
 from kvloom.runtime.range_graph import RangeGraph
 from kvloom.runtime.tables import SequenceTables
@@ -98,7 +98,7 @@ class Forward:
         self._graphs: DecodeGraphs | None = None
         self._range_graph: RangeGraph | None = None
         backends = layers.backends.values()
-        if recorded_bytes and not tables.extras and all(b.graph_support and b.spec.stored for b in backends):
+        if recorded_bytes and all(b.graph_support and b.spec.stored for b in backends):
             buffers = StepBuffers(tables, max_num_seqs, max_num_batched_tokens, max_model_len, device)
             self._graphs = DecodeGraphs(model, self._context, layers.refill, buffers, device.capture(recorded_bytes))
             if max_num_batched_tokens > 1 and all(b.range_graph_support for b in backends):
@@ -138,11 +138,13 @@ class Forward:
     def _gathered(self, step: StepRanges) -> tuple[ModelInputs, list[AttentionBatch]]:
         """Inputs of a step that is not recorded; the batches are one a KV group, and one more for layers that keep nothing."""
         count, max_context = len(step.rows), int(step.context_tokens.max())
-        sent = self.device.put(np.concatenate((step.rows, step.query_starts, step.context_tokens), dtype=np.int32))
-        ranges = Ranges(sent[:count], sent[count:2 * count + 1], sent[2 * count + 1:])
+        numbers = np.zeros((3, aligned(count + 1)), np.int32)
+        numbers[0, :count], numbers[1, :count + 1], numbers[2, :count] = step.rows, step.query_starts, step.context_tokens
+        rows, starts, contexts = self.device.put(numbers)
+        ranges = Ranges(rows[:count], starts[:count + 1], contexts[:count])
         tensors = self._tables.tensors(count, step.num_tokens, self._tables.columns(max_context))
         self._tables.gather(ranges, tensors)
         groups = (*tensors.groups, *self._unstored)
         batches = attention_batches(ranges, groups, step.query_starts, step.context_tokens, int(np.diff(step.query_starts).max()),
                                     max_context)
-        return ModelInputs(tensors.token_ids, tensors.positions[None], extras=tensors.extras), batches
+        return ModelInputs(tensors.token_ids, tensors.places.positions[None], extras=tensors.extras), batches

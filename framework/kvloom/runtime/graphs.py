@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 from torch import Tensor
 
 from kvloom.interfaces.attention import AttentionBatch
-from kvloom.interfaces.model import ForwardContext, LayerStep, Model, ModelInputs
+from kvloom.interfaces.model import ForwardContext, LayerStep, Model
 from kvloom.logs import get_logger
 from kvloom.runtime.batch import StepRanges
 from kvloom.runtime.buffers import StepBuffers
@@ -66,7 +66,7 @@ class Recorder:
 class _Recorded(NamedTuple):
     replay: Replay
     outputs: DecodeOutputs
-    kept: tuple[ModelInputs, ForwardContext]
+    ctx: ForwardContext
 
 
 class DecodeGraphs:
@@ -96,10 +96,10 @@ class DecodeGraphs:
             return None
         rows = len(step.rows)
         size = self._capture.size(rows, self._recorded, self._buffers.ranges)
-        self._buffers.fill(step, size)
         found = self._recorded.get(size)
+        self._buffers.fill(step, size if found is None else self._capture.repeated_rows(rows, size))
         if found is not None:
-            self._refill(found.kept[1].layers, self._buffers.batches(rows, rows, 1))
+            self._refill(found.ctx.layers, self._buffers.batches(rows, rows, 1))
             found.replay(rows)
         elif (found := self._recorder.try_to(lambda: self._record(size))) is None:
             return None
@@ -114,5 +114,5 @@ class DecodeGraphs:
             return hidden, model.logits(hidden, ctx)
 
         replay, (hidden, logits) = self._capture.record(compute, rows)
-        self._recorded[rows] = _Recorded(replay, DecodeOutputs(hidden, logits), (inputs, ctx))
+        self._recorded[rows] = _Recorded(replay, DecodeOutputs(hidden, logits), ctx)
         return self._recorded[rows]

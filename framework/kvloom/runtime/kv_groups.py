@@ -6,7 +6,7 @@ group and whatever a smaller group leaves of it is lost. With 24 full and 8 wind
     one group each    block = 24 pages    a full block fills it, a window block wastes 16 of 24
     cut at 8 layers   block =  8 pages    3 full groups + 1 window group, nothing is wasted
 
-Small cuts waste nothing but make more groups, and each costs index arithmetic every step. So the largest cut is taken that
+Small cuts waste nothing but make more groups, and each costs a gather every step. So the largest cut is taken that
 leaves at most one page of 16 empty; a cut at one layer always qualifies.
 """
 

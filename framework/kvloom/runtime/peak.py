@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -37,17 +35,17 @@ class LargestStep:
                  max_model_len: int, generates: bool) -> None:
         self._model, self._device, self.tokens, self._generates = model, device, tokens, generates
         self._rows = min(max(rows, CHUNK_ROWS), tokens)
-        self._max_model_len = max_model_len
-        self._make_tables = partial(SequenceTables, device, rows, max_model_len, layers.groups, tuple(model.extra_inputs))
-        self._make_forward = partial(Forward, model, comm, layers)
+        self._comm, self._layers, self._max_num_seqs, self._max_model_len = comm, layers, rows, max_model_len
 
     @torch.inference_mode()
     def run(self) -> None:
         """Compute it, up to candidates of every sampled row, with the tables that an engine keeps beside its cache."""
-        tables = self._make_tables()
-        computed = self._make_forward(tables, self._device).run(largest_ranges(tables, self.tokens, self._max_model_len))
+        model, device, layers = self._model, self._device, self._layers
+        tables = SequenceTables(device, self._max_num_seqs, self._max_model_len, layers.groups, tuple(model.extra_inputs))
+        forward = Forward(model, self._comm, layers, tables, device)
+        computed = forward.run(largest_ranges(tables, self.tokens, self._max_model_len))
         if self._generates:
-            sample_all(self._model.logits(computed.hidden[:self._rows], computed.ctx), self._device)
+            sample_all(model.logits(computed.hidden[:self._rows], computed.ctx), device)
 
 
 def largest_step(built: BuiltModel, source: ModelSource, config: EngineConfig, groups: tuple[KVGroup, ...], comm: Comm) -> LargestStep:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kvloom.interfaces.attention import AttentionBatch
-from kvloom.interfaces.model import ForwardContext, Model, ModelInputs
+from kvloom.interfaces.model import ForwardContext, Model
 from kvloom.runtime.batch import StepRanges
 from kvloom.runtime.buffers import StepBuffers
 from kvloom.runtime.capture import PlanCapture, Replay
@@ -20,7 +20,7 @@ from kvloom.runtime.graphs import MakeContext, Recorder, Refill
 class _Recorded(NamedTuple):
     replay: Replay
     hidden: Tensor
-    kept: tuple[ModelInputs, ForwardContext]
+    ctx: ForwardContext
 
 
 class RangeGraph:
@@ -51,7 +51,7 @@ class RangeGraph:
             return None
         buffers.fill(step)
         if self._recorded is not None:
-            self._refill(self._recorded.kept[1].layers, self._batches())
+            self._refill(self._recorded.ctx.layers, self._batches())
             self._recorded.replay(tokens)
         else:
             self._recorded = self._recorder.try_to(lambda: self._record(tokens))
@@ -65,4 +65,4 @@ class RangeGraph:
         ctx, inputs = self._make_context(self._batches()), buffers.inputs(buffers.tokens)
         replay, (hidden,) = self._capture.record_ranges(lambda: (model.forward(inputs, ctx).hidden,), buffers.tokens, buffers.ranges,
                                                         tokens)
-        return _Recorded(replay, hidden, (inputs, ctx))
+        return _Recorded(replay, hidden, ctx)

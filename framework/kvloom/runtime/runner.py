@@ -1,4 +1,4 @@
-"""One step on one device: batch arrays -> model forward -> logits -> tokens."""
+"""One step on one device: how it cuts its sequences -> model forward -> logits -> tokens."""
 
 from __future__ import annotations
 

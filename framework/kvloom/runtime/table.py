@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kvloom.errors import InternalError
 from kvloom_kernels.transfer import to_device
 
 Array = np.ndarray[Any, Any]
@@ -24,9 +26,15 @@ class Table(ABC):
 
     tensor: Tensor
 
-    @abstractmethod
     def write(self, row: int, start: int, values: Sequence[int] | Array) -> None:
-        """Put numbers into a row, from column `start` on."""
+        """Put numbers into a row, from column `start` on. Raises `InternalError` where it has not so many."""
+        if start < 0 or start + len(values) > self.tensor.shape[1]:
+            raise InternalError(f"{len(values)} numbers from column {start} on are more than a row of {self.tensor.shape[1]} takes")
+        self._write(row, start, values)
+
+    @abstractmethod
+    def _write(self, row: int, start: int, values: Sequence[int] | Array) -> None:
+        """See `write`: they fit."""
 
     @abstractmethod
     def write_each(self, rows: Array, columns: Array, values: Tensor) -> None:
@@ -44,8 +52,7 @@ class HostTable(Table):
         self._host = np.zeros((rows, columns), np.int32)
         self.tensor = torch.from_numpy(self._host)
 
-    def write(self, row: int, start: int, values: Sequence[int] | Array) -> None:
-        """See `Table.write`."""
+    def _write(self, row: int, start: int, values: Sequence[int] | Array) -> None:
         self._host[row, start:start + len(values)] = values
 
     def write_each(self, rows: Array, columns: Array, values: Tensor) -> None:
@@ -63,8 +70,7 @@ class SentTable(Table):
         self.tensor = torch.zeros((rows, columns), dtype=torch.int32, device=device)
         self._waiting: list[tuple[int, Array]] = []
 
-    def write(self, row: int, start: int, values: Sequence[int] | Array) -> None:
-        """See `Table.write`."""
+    def _write(self, row: int, start: int, values: Sequence[int] | Array) -> None:
         self._waiting.append((row * self.tensor.shape[1] + start, np.array(values, np.int64)))
 
     def write_each(self, rows: Array, columns: Array, values: Tensor) -> None:
@@ -79,7 +85,13 @@ class SentTable(Table):
             return
         places = np.concatenate([np.arange(start, start + len(values)) for start, values in self._waiting])
         values = np.concatenate([values for _, values in self._waiting])
-        places, last = np.unique(places[::-1], return_index=True)
-        sent = to_device(np.stack((places, values[::-1][last])), self.tensor.device)
+        if self._is_written_twice():
+            places, last = np.unique(places[::-1], return_index=True)
+            values = values[::-1][last]
+        sent = to_device(np.stack((places, values)), self.tensor.device)
         self.tensor.view(-1)[sent[0]] = sent[1].int()
         self._waiting.clear()
+
+    def _is_written_twice(self) -> bool:
+        parts = sorted((start, start + len(values)) for start, values in self._waiting if len(values))
+        return any(stop > start for (_, stop), (start, _) in pairwise(parts))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvloom.interfaces.state import KVGroup
 from kvloom.runtime.device import ComputeDevice
-from kvloom_kernels.gather import Ranges, gather_blocks, gather_tokens
+from kvloom_kernels.gather import Places, Ranges, gather_blocks, gather_tokens
 
 
 class GroupTensors(NamedTuple):
@@ -26,19 +26,21 @@ class StepTensors:
     """Of T tokens in R ranges, on the device.
 
     Args:
-        token_ids, positions: ``[T]`` int64.
+        token_ids: ``[T]`` int64.
+        places: row and position of each token.
         extras: ``[T]`` int64 each, by the names that the model asked for.
         groups: by KV group.
     """
 
     token_ids: Tensor
-    positions: Tensor
+    places: Places
     extras: Mapping[str, Tensor]
     groups: tuple[GroupTensors, ...]
 
     def part(self, ranges: int, tokens: int, columns: Sequence[int]) -> StepTensors:
         """The first ones of it: views. `columns` of the block tables, by group."""
-        return StepTensors(self.token_ids[:tokens], self.positions[:tokens], {name: own[:tokens] for name, own in self.extras.items()},
+        return StepTensors(self.token_ids[:tokens], Places(*(own[:tokens] for own in self.places)),
+                           {name: own[:tokens] for name, own in self.extras.items()},
                            tuple(GroupTensors(group.block_table[:ranges, :few], group.slots[:tokens])
                                  for group, few in zip(self.groups, columns, strict=True)))
 
@@ -47,6 +49,7 @@ class SequenceTables:
     """Of up to `max_num_seqs` sequences of up to `max_model_len` tokens.
 
     Attributes:
+        max_num_seqs: rows that sequences may have.
         token_ids, extras, blocks: tables of `device`, by row and position, of blocks by KV group and place in the sequence.
         nobody: a row that belongs to no sequence: token 0, and the blocks of nobody.
     """
@@ -54,7 +57,7 @@ class SequenceTables:
     def __init__(self, device: ComputeDevice, max_num_seqs: int, max_model_len: int, groups: Sequence[KVGroup],
                  extra_inputs: Sequence[str] = ()) -> None:
         rows = max_num_seqs + 1
-        self.nobody = max_num_seqs
+        self.max_num_seqs = self.nobody = max_num_seqs  # the row after theirs
         self.token_ids = device.table(rows, max_model_len + 1)
         self.extras = {name: device.table(rows, max_model_len + 1) for name in extra_inputs}
         self.block_tokens = tuple(g.block_tokens for g in groups)
@@ -66,8 +69,9 @@ class SequenceTables:
         return [-(-context_tokens // size) for size in self.block_tokens]
 
     def tensors(self, ranges: int, tokens: int, columns: Sequence[int]) -> StepTensors:
-        """Memory for a step, zeroed."""
-        return StepTensors(self._tokens(tokens), self._tokens(tokens), {name: self._tokens(tokens) for name in self.extras},
+        """Memory for a step, uninitialised."""
+        return StepTensors(self._tokens(tokens), Places(self._tokens(tokens), self._tokens(tokens)),
+                           {name: self._tokens(tokens) for name in self.extras},
                            tuple(self._group(ranges, tokens, few) for few in columns))
 
     def no_group(self) -> GroupTensors:
@@ -75,17 +79,17 @@ class SequenceTables:
         return self._group(0, 0, 0)
 
     def _tokens(self, tokens: int) -> Tensor:
-        return torch.zeros(tokens, dtype=torch.int64, device=self._device)
+        return torch.empty(tokens, dtype=torch.int64, device=self._device)
 
     def _group(self, ranges: int, tokens: int, columns: int) -> GroupTensors:
-        return GroupTensors(torch.zeros((ranges, columns), dtype=torch.int32, device=self._device), self._tokens(tokens))
+        return GroupTensors(torch.empty((ranges, columns), dtype=torch.int32, device=self._device), self._tokens(tokens))
 
     def gather(self, ranges: Ranges, into: StepTensors) -> None:
         """Fill `into` with a step's numbers. Nobody waits for the device."""
         for table in (self.token_ids, *self.extras.values(), *self.blocks):
             table.send()
-        gather_tokens(self.token_ids.tensor, ranges, into.token_ids, into.positions)
+        gather_tokens(self.token_ids.tensor, ranges, into.token_ids, into.places)
         for name, values in into.extras.items():
-            gather_tokens(self.extras[name].tensor, ranges, values, into.positions)
+            values.copy_(self.extras[name].tensor[into.places])
         for table, size, group in zip(self.blocks, self.block_tokens, into.groups, strict=True):
-            gather_blocks(table.tensor, ranges, size, *group)
+            gather_blocks(table.tensor, ranges, into.places, size, *group)

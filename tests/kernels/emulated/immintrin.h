@@ -130,7 +130,11 @@ inline thread_local Tiles tiles;
 #define _mm512_max_ps(a, b) ((__m512)emulated::each([x = (__m512)(a), y = (__m512)(b)](int i) { return x[i] > y[i] ? x[i] : y[i]; }))
 #define _mm512_sub_ps(a, b) ((__m512)((emulated::Floats)(a) - (emulated::Floats)(b)))
 #define _mm512_roundscale_ps(a, how) ((__m512)emulated::each([x = (__m512)(a)](int i) { return std::nearbyint(x[i]); }))
-#define _mm512_cmp_ps_mask(a, b, how) emulated::bits([x = (__m512)(a), y = (__m512)(b)](int i) { return x[i] != y[i]; })
+#define _mm512_cmp_ps_mask(a, b, how)                                   \
+    emulated::bits([x = (__m512)(a), y = (__m512)(b)](int i) {          \
+        static_assert((how) == _CMP_NEQ_UQ, "this comparison alone");   \
+        return x[i] != y[i];                                            \
+    })
 #define _mm512_maskz_scalef_ps(mask, a, n) \
     ((__m512)emulated::each([m = (mask), x = (__m512)(a), y = (__m512)(n)](int i) { return m >> i & 1 ? x[i] * std::exp2(std::floor(y[i])) : 0.0f; }))
 #define _mm512_cvtepu16_epi32(a) ((__m512i)__builtin_convertvector((emulated::Halves)(a), emulated::Words))
@@ -185,6 +189,6 @@ inline __m512 emulated_dpbf16(emulated::Floats sum, emulated::Words a, emulated:
 #define _tile_stored(tile, to, stride) emulated::tiles.store(tile, to, stride)
 #define _tile_dpbf16ps(out, a, b) emulated::tiles.multiply(out, a, b)
 
-// The system need not be asked for tiles, and no register is as wide as a vector: `asm("" : "+v"(x))` cannot be.
-#define syscall(...) 0L
+// The system need not be asked for tiles (other calls are made), and no register is as wide as a vector: `asm("" : "+v"(x))` cannot be.
+#define syscall(number, ...) ((number) == SYS_arch_prctl ? 0L : syscall(number, __VA_ARGS__))
 #define asm(...)
