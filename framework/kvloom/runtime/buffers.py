@@ -27,8 +27,7 @@ class StepBuffers:
     def __init__(self, tables: SequenceTables, ranges: int, tokens: int, longest_tokens: int, device: ComputeDevice) -> None:
         self.ranges, self.tokens = ranges, tokens
         self._tables, self._longest_tokens = tables, longest_tokens
-        self._memory, (self._rows, self._starts, self._contexts) = fixed_arrays(
-            device, (ranges, ranges + 1, ranges))
+        self._memory, (self._rows, self._starts, self._contexts) = fixed_arrays(device, (ranges, ranges + 1, ranges))
         self._tensors = tables.tensors(ranges, tokens, tables.columns(longest_tokens))
         for group in self._tensors.groups:
             group.block_table.zero_()  # blocks beyond a context are read before they are masked: they must be some
